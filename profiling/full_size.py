@@ -1,0 +1,158 @@
+"""Builds of a full-size detector with random weights, made and then run in turns on one picture: the table of bars.
+
+    python profiling/full_size.py [--source defakerone-2b:random] [--recipes plain float32 int8] [--quick]
+
+--quick keeps 2 layers a stack, all shapes unchanged. Every build is made in a process of its own, whose peak memory is
+taken; then each round runs every build once, also in a process of its own: a first run opens the stages and is not
+counted, the second one is. Milliseconds are medians over rounds. What is done is kept in --work, and a rerun goes on.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from defaker_opt.files import read_json_object, write_json
+
+STAGES = ("vision_encoder", "language", "vocabulary_head", "mask_encoder", "mask_decoder", "total")
+
+# Cut into 12 tiles of 448 and a thumbnail.
+WIDTH, HEIGHT = 1792, 1344
+
+JUDGE = """
+import json, sys
+import numpy as np
+from defaker_opt.runtime import open_build, open_session
+from defaker_opt.runtime.images import load_image
+
+build, image, gate = open_build(sys.argv[1]), load_image(sys.argv[2]), float(sys.argv[3])
+session = open_session(build)
+verdicts = [session.judge(image, gate=gate) for _ in range(int(sys.argv[4]))]
+last = verdicts[-1]
+np.savez(sys.argv[5], mask=last.mask, logits=last.verdict_logits)
+with open("/proc/self/status") as status:
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+row = {"latency_ms": dict(last.latency_ms), "fake_probability": last.fake_probability, "peak_memory_bytes": peak}
+print(json.dumps({**row, "greedy_answer": last.greedy_answer}))
+"""
+
+
+def picture(path: Path) -> Path:
+    """Colour, edges and noise from a seed; every tile differs from the others."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (21, 28, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR), np.int64)
+    noisy = smooth + generator.integers(-20, 21, smooth.shape)
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+def last_json(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - our own
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:4])} … ended with {done.returncode}; a rerun goes on from here")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def make(recipe: str, source: str, work: Path) -> dict[str, Any]:
+    """The summary of making a build, from its own receipt if it is there."""
+    receipt, build = work / f"{recipe}.made.json", work / recipe
+    made = read_json_object(receipt)
+    if made is not None and build.is_dir():
+        return made
+    command = [sys.executable, "-m", "defaker_opt", "quantize", "--recipe", recipe, "--source", source]
+    made = last_json([*command, "--output", str(build), "--json"])
+    write_json(receipt, made)
+    return made
+
+
+def run(recipe: str, number: int, image: Path, work: Path) -> dict[str, Any]:
+    """One counted run of a build."""
+    receipt, outputs = work / f"{recipe}.run{number}.json", work / f"{recipe}.outputs.npz"
+    found = read_json_object(receipt)
+    if found is not None and outputs.is_file():
+        return found
+    row = last_json([sys.executable, "-c", JUDGE, str(work / recipe), str(image), "0", "2", str(outputs)])
+    write_json(receipt, row)
+    return row
+
+
+def summarize(recipe: str, first: str, made: dict[str, Any], rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
+    outputs, expected = (np.load(work / f"{name}.outputs.npz") for name in (recipe, first))
+    return {
+        "bytes": made["bytes"],
+        "made_seconds": made["seconds"],
+        "made_peak_memory_bytes": made["peak_memory_bytes"],
+        "run_peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+        "latency_ms": {
+            stage: float(np.median([row["latency_ms"].get(stage, 0.0) for row in rows])) for stage in STAGES
+        },
+        "total_ms_by_round": [row["latency_ms"]["total"] for row in rows],
+        "max_logit_difference": float(np.abs(outputs["logits"] - expected["logits"]).max()),
+        "mask_pixels_that_differ": int((outputs["mask"] != expected["mask"]).sum()),
+        "probability_difference": abs(
+            rows[-1]["fake_probability"]
+            - (read_json_object(work / f"{first}.run0.json") or rows[-1])["fake_probability"]
+        ),
+        "stages": made["stages"],
+    }
+
+
+def show(results: dict[str, dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    columns = ("build", "MB", "made s", "made peak GB", "run peak GB", *(f"{stage} s" for stage in STAGES))
+    for column in (*columns, "times faster", "largest Δlogit", "mask pixels off"):
+        table.add_column(column, justify="left" if column == "build" else "right")
+    base = next(iter(results.values()))["latency_ms"]["total"]
+    for name, row in results.items():
+        cells = [f"{row['bytes'] / 1e6:.1f}", f"{row['made_seconds']:.0f}"]
+        cells += [f"{row[key] / 1e9:.2f}" for key in ("made_peak_memory_bytes", "run_peak_memory_bytes")]
+        cells += [f"{row['latency_ms'][stage] / 1e3:.2f}" for stage in STAGES]
+        cells += [f"{base / row['latency_ms']['total']:.2f}", f"{row['max_logit_difference']:.1e}"]
+        table.add_row(name, *cells, str(row["mask_pixels_that_differ"]))
+    Console(width=210, file=sys.stdout).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", default="defakerone-2b:random")
+    parser.add_argument("--recipes", nargs="+", default=["plain", "float32", "int8"], help="the first is the baseline")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path("exported") / "full-size")
+    arguments = parser.parse_args()
+    source = arguments.source + (",layers=2" if arguments.quick else "")
+    work = arguments.work / source.replace(":", "-").replace(",", "-")
+    work.mkdir(parents=True, exist_ok=True)
+    image, started = picture(work / "picture.png"), time.time()
+    made = {recipe: make(recipe, source, work) for recipe in arguments.recipes}
+    rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in arguments.recipes}
+    for number in range(arguments.rounds):
+        for recipe in arguments.recipes:
+            rows[recipe].append(run(recipe, number, image, work))
+    first = arguments.recipes[0]
+    results = {recipe: summarize(recipe, first, made[recipe], rows[recipe], work) for recipe in arguments.recipes}
+    show(results, f"{source}, 13 tiles, {arguments.rounds} rounds in turns; differences to {first}")
+    versions = {name: __import__(name).__version__ for name in ("onnxruntime", "numpy", "torch", "transformers")}
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    facts = {"source": source, "rounds": arguments.rounds, "machine": machine, "versions": versions}
+    load = {"load_average_at_end": os.getloadavg()[0], "seconds": round(time.time() - started, 1)}
+    print(json.dumps({"builds": results, **facts, **load}))
+
+
+if __name__ == "__main__":
+    main()

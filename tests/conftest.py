@@ -1,0 +1,85 @@
+"""Builds of the embedded detector, made once, and the checkpoints that parity is checked on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(os.environ.get("DEFAKER_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
+
+COMMAND = [sys.executable, "-m", "defaker_opt"]
+
+
+def defaker_opt(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the real command line in a process of its own."""
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def make_build(recipe: str, output: Path, *options: str) -> Path:
+    done = defaker_opt("quantize", "--recipe", recipe, "--output", output, "--json", *options)
+    assert done.returncode == 0, done.stderr
+    (output.parent / f"{output.name}.json").write_text(done.stdout.splitlines()[-1])
+    return output
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for builds that all test workers share: who comes first makes a build, the others wait for it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return tmp_path_factory.getbasetemp().parent / "builds"
+    return tmp_path_factory.getbasetemp() / "builds"
+
+
+def shared_build(builds: Path, recipe: str) -> Path:
+    """The build of a recipe; a lock file keeps two workers from making it at once."""
+    import fcntl
+
+    builds.mkdir(exist_ok=True)
+    output = builds / recipe
+    with (builds / f"{recipe}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return output if output.exists() else make_build(recipe, output)
+
+
+@pytest.fixture(scope="session")
+def float_build(builds: Path) -> Path:
+    return shared_build(builds, "float32")
+
+
+@pytest.fixture(scope="session")
+def int8_build(builds: Path) -> Path:
+    return shared_build(builds, "int8")
+
+
+@pytest.fixture(scope="session")
+def int4_build(builds: Path) -> Path:
+    return shared_build(builds, "int4")
+
+
+@pytest.fixture(scope="session")
+def untaught_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded architecture with drawn weights, of which every output says so."""
+    return make_build("float32", tmp_path_factory.mktemp("untaught") / "build", "--source", "reference:random")
+
+
+@pytest.fixture(params=["float32", "int8", "int4"])
+def any_build(request: pytest.FixtureRequest, builds: Path) -> Path:
+    return shared_build(builds, request.param)
+
+
+def summary_of(build: Path) -> dict[str, object]:
+    """What `quantize --json` said when it made a shared build."""
+    summary: dict[str, object] = json.loads((build.parent / f"{build.name}.json").read_text())
+    return summary
+
+
+def golden_folders() -> list[Path]:
+    """Every checkpoint folder with the original code's outputs beside it."""
+    return sorted(path.parent for path in GOLDEN.glob("*/golden.safetensors"))

@@ -1,0 +1,88 @@
+"""`defaker-opt show`: what is there to choose from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from defaker_opt.errors import DefakerError, one_of
+
+_YAML = {"recipes": "recipes", "targets": "profiling/targets"}
+_MODULES = {"methods": "methods", "passes": "passes", "backends": "runtime.backends", "sources": "sources"}
+_PRESETS = "presets"
+
+
+def show(
+    what: Annotated[
+        str, typer.Argument(help="recipes, targets, presets, methods, passes, backends, sources or benchmarks.")
+    ] = "recipes",
+    data: Annotated[
+        Path | None, typer.Option(help="Where benchmarks lie; says of each what is there, which lists its pictures.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List what recipes may name, or the benchmarks to validate on."""
+    if data is not None and what != "benchmarks":
+        raise DefakerError(f"--data: only benchmarks lie in a folder of yours, not {what}; leave it out")
+    if data is not None and not data.is_dir():
+        raise DefakerError(f"--data {data}: no such folder; give the one that holds the benchmarks' folders")
+    for row in _benchmarks(data) if what == "benchmarks" else _names(what):
+        print(json.dumps(row, ensure_ascii=False) if as_json else _line(row))
+
+
+def _names(what: str) -> Iterator[dict[str, Any]]:
+    from defaker_opt import catalog, strict
+
+    if what in _YAML:
+        for name, path in catalog.yaml_names(_YAML[what]).items():
+            parsed = strict.read_yaml(path)
+            assert isinstance(parsed, dict)
+            yield {"name": name, "description": parsed["description"]}
+    elif what == _PRESETS:
+        from defaker_opt.presets import preset_names
+
+        for name, title in preset_names().items():
+            yield {"name": f"{name}:random", "description": title}
+    elif what in _MODULES:
+        yield from ({"name": name} for name in catalog.module_names(_MODULES[what]))
+    else:
+        raise DefakerError(f"show {one_of(what, [*_YAML, *_MODULES, _PRESETS, 'benchmarks'])}")
+
+
+def _benchmarks(data: Path | None) -> Iterator[dict[str, Any]]:
+    from defaker_opt.benchmarks.entries import entry_names, load_entry
+    from defaker_opt.benchmarks.load import find_presence
+
+    for name in entry_names():
+        entry = load_entry(name)
+        presence = {} if data is None else {"presence": dataclasses.asdict(find_presence(entry, data))}
+        yield {**dataclasses.asdict(entry), **presence}
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "description" in row:
+        return f"{row['name']:{32 if row['name'].endswith(':random') else 12}} {row['description']}"
+    if "title" not in row:
+        return str(row["name"])
+    about = f"{row['name']:24} {'/'.join(row['domains']):9} {row['title']}"
+    facts = f"{'':24} {', '.join(row['metrics'])}; licence: {row['licence']}"
+    return "\n".join([about, facts, *_presence_lines(row.get("presence"))])
+
+
+def _presence_lines(presence: dict[str, Any] | None) -> list[str]:
+    if presence is None:
+        return []
+    status, detail = presence["status"], presence["detail"]
+    if status == "not found":
+        detail = detail.partition(";")[0]
+    if status in ("found", "differs"):
+        counts = (
+            f"{presence['authentic']:,} authentic, {presence['forged']:,} forged, {presence['left_out']:,} left out"
+        )
+        status = f"{status}: {counts}"
+    return [f"{'':24} {status}{f' ({detail})' if detail else ''}"]

@@ -1,0 +1,249 @@
+"""Write a detector's weights into its graphs: linear layers in the target's encodings, everything else as float32.
+
+matmul                 float32 product; stored transposed, [in, out]
+matmul_integer         activations to uint8 with one scale a call, integer product, back to float;
+                       stored as codes [in, out] int8 and scale [out]
+matmul_integer_token   the same with one scale a token, which outliers in other tokens cannot spoil
+matmul_nbits           onnxruntime's blocked 4-bit product; codes packed [out, groups, group / 2], scale [out * groups]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from defaker_opt.detector import Detector, linear_weights, parameter_shapes
+from defaker_opt.graph import Graph
+from defaker_opt.methods import QuantizedWeight
+
+# MatMulNBits keeps 4-bit codes unsigned; with no zero point given, this one is understood.
+_NBITS_ZERO = 8
+
+# MatMulNBits: let the kernel round activations to 8 bits by block, which is what makes it faster than float.
+_NBITS_INT8_COMPUTE = 4
+
+# Activations of one token become `round(x / scale) + 128`, an unsigned byte, which VNNI multiplies fastest.
+_TOKEN_ZERO = 128
+_TOKEN_LARGEST = 127
+
+# A token of zeros gets this scale instead of 0, and stays zero.
+_SMALLEST_SCALE = 1e-30
+
+# Codes of an activation: the uint8 tensor, its scale, its zero point.
+_Quantized = tuple[ir.Value, ir.Value, ir.Value]
+_MakeCodes = Callable[[ir.Graph, "_Layer"], tuple[list[ir.Node], _Quantized]]
+_QuantizedInputs = dict[tuple[_MakeCodes, ir.Value], _Quantized]
+_Codes = Callable[[], QuantizedWeight]
+
+
+def fill_weights_(graph: Graph, detector: Detector, encodings: dict[str, str]) -> None:
+    """Give every parameter its values, lazily: a tensor is read, encoded and written one at a time when saving."""
+    stage, inner = graph.spec.name, graph.model.graph
+    quantized: _QuantizedInputs = {}
+    for name in linear_weights(detector.config, stage):
+        for layer in list(_layers(inner, name)):
+            if name not in detector.codes:
+                _float_(inner, layer, detector)
+            else:
+                # Looked up anew whenever needed: kept, the codes of all layers would be in memory at once.
+                codes = functools.partial(detector.codes.__getitem__, name)
+                WRITERS[encodings[codes().scheme.kind]](inner, layer, codes, quantized)
+    for name, shape in parameter_shapes(detector.config, stage).items():
+        if name in inner.initializers:
+            read = functools.partial(_read_array, detector, name)
+            inner.initializers[name].const_value = _lazy(name, shape, ir.DataType.FLOAT, read)
+    if any(node.domain == "com.microsoft" for node in inner):
+        graph.model.opset_imports["com.microsoft"] = 1
+    inner.sort()
+
+
+def _read_array(detector: Detector, name: str) -> NDArray[Any]:
+    array: NDArray[Any] = detector.read(name).numpy()
+    return array
+
+
+class _Layer:
+    """A linear layer in the graph: `weight` [out, in] multiplies `x`; `node` and `transpose` are to be replaced."""
+
+    def __init__(self, name: str, node: ir.Node, transpose: ir.Node | None) -> None:
+        self.name, self.node, self.transpose = name, node, transpose
+        x = node.inputs[0]
+        assert x is not None
+        self.x = x
+        # A Gemm carries its bias itself; after a MatMul the bias is an Add of its own, which stays.
+        self.bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+
+
+def _layers(graph: ir.Graph, name: str) -> Iterator[_Layer]:
+    weight = graph.initializers[name]
+    for node, _ in list(weight.uses()):
+        if node.op_type == "Gemm":
+            assert node.attributes["transB"].as_int() == 1, f"{name}: a Gemm that does not transpose its weight"
+            yield _Layer(name, node, None)
+            continue
+        assert node.op_type == "Transpose", f"{name}: read by a {node.op_type}, where a linear layer transposes it"
+        for product, _ in list(node.outputs[0].uses()):
+            assert product.op_type == "MatMul", f"{name}: its transpose is read by a {product.op_type}"
+            yield _Layer(name, product, node)
+
+
+def _replace_(graph: ir.Graph, layer: _Layer, nodes: list[ir.Node], result: ir.Value) -> None:
+    """Put nodes in a layer's place; whoever read the layer reads `result`."""
+    if layer.bias is not None:
+        nodes.append(ir.node("Add", [result, layer.bias], name=f"{layer.name}.bias_add"))
+        result = nodes[-1].outputs[0]
+    old = layer.node.outputs[0]
+    result.name, old.name = old.name, f"{old.name}.replaced"
+    graph.insert_before(layer.node, nodes)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    graph.remove(layer.node, safe=True)
+    if layer.transpose is not None and not list(layer.transpose.outputs[0].uses()):
+        graph.remove(layer.transpose, safe=True)
+    if not list(graph.initializers[layer.name].uses()):
+        graph.initializers.pop(layer.name)
+
+
+def _add_tensor_(
+    graph: ir.Graph, name: str, shape: tuple[int, ...], kind: ir.DataType, read: Callable[[], NDArray[Any]]
+) -> ir.Value:
+    if name in graph.initializers:  # a layer that is run twice
+        return graph.initializers[name]
+    value = ir.Value(
+        name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=_lazy(name, shape, kind, read)
+    )
+    graph.initializers.add(value)
+    return value
+
+
+def _lazy(name: str, shape: tuple[int, ...], kind: ir.DataType, read: Callable[[], NDArray[Any]]) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: ir.Tensor(np.ascontiguousarray(read()), name=name), dtype=kind, shape=ir.Shape(shape), name=name
+    )
+
+
+def _float_(graph: ir.Graph, layer: _Layer, detector: Detector) -> None:
+    rows, columns = linear_weights(detector.config, layer.name.partition(".")[0])[layer.name]
+    weight = _add_tensor_(
+        graph,
+        f"{layer.name}.transposed",
+        (columns, rows),
+        ir.DataType.FLOAT,
+        lambda: _read_array(detector, layer.name).T,
+    )
+    product = ir.node("MatMul", [layer.x, weight], name=layer.name)
+    _replace_(graph, layer, [product], product.outputs[0])
+
+
+def _matmul_integer_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
+    nodes, (activation, activation_scale, zero) = _quantized_input(graph, layer, _codes_by_tensor, quantized)
+    product, scale = _integer_product(graph, layer, codes, activation, zero)
+    cast = ir.node("Cast", product.outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{layer.name}.cast")
+    # In this order onnxruntime makes one operator of the four.
+    both = ir.node("Mul", [activation_scale, scale], name=f"{layer.name}.scales")
+    result = ir.node("Mul", [cast.outputs[0], both.outputs[0]], name=f"{layer.name}.rescale")
+    _replace_(graph, layer, [*nodes, product, cast, both, result], result.outputs[0])
+
+
+def _matmul_integer_token_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
+    nodes, (activation, activation_scale, zero) = _quantized_input(graph, layer, _codes_by_token, quantized)
+    product, scale = _integer_product(graph, layer, codes, activation, zero)
+    cast = ir.node("Cast", product.outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{layer.name}.cast")
+    by_row = ir.node("Mul", [cast.outputs[0], scale], name=f"{layer.name}.rescale_rows")
+    result = ir.node("Mul", [by_row.outputs[0], activation_scale], name=f"{layer.name}.rescale")
+    _replace_(graph, layer, [*nodes, product, cast, by_row, result], result.outputs[0])
+
+
+def _quantized_input(
+    graph: ir.Graph, layer: _Layer, make: _MakeCodes, quantized: _QuantizedInputs
+) -> tuple[list[ir.Node], _Quantized]:
+    """Layers that read the same activations share their codes: nodes to add, none for the second of them."""
+    if (make, layer.x) in quantized:
+        return [], quantized[make, layer.x]
+    nodes, quantized[make, layer.x] = make(graph, layer)
+    return nodes, quantized[make, layer.x]
+
+
+def _integer_product(
+    graph: ir.Graph, layer: _Layer, codes: _Codes, activation: ir.Value, zero: ir.Value
+) -> tuple[ir.Node, ir.Value]:
+    rows, columns = codes().codes.shape
+    weight = _add_tensor_(graph, f"{layer.name}.codes", (columns, rows), ir.DataType.INT8, lambda: codes().codes.T)
+    scale = _add_tensor_(graph, f"{layer.name}.scale", (rows,), ir.DataType.FLOAT, lambda: codes().scale[:, 0])
+    return ir.node("MatMulInteger", [activation, weight, zero], name=layer.name), scale
+
+
+def _codes_by_tensor(graph: ir.Graph, layer: _Layer) -> tuple[list[ir.Node], _Quantized]:
+    node = ir.node("DynamicQuantizeLinear", [layer.x], num_outputs=3, name=f"{layer.name}.quantize")
+    activation, scale, zero = node.outputs
+    return [node], (activation, scale, zero)
+
+
+def _codes_by_token(graph: ir.Graph, layer: _Layer) -> tuple[list[ir.Node], _Quantized]:
+    zero = _constant_(graph, "token_zero", np.uint8(_TOKEN_ZERO))
+    absolute = ir.node("Abs", [layer.x], name=f"{layer.name}.abs")
+    axis = _constant_(graph, "token_axis", np.array([-1]))
+    largest = ir.node("ReduceMax", [absolute.outputs[0], axis], {"keepdims": 1}, name=f"{layer.name}.largest")
+    step = _constant_(graph, "token_step", np.float32(1 / _TOKEN_LARGEST))
+    scale = ir.node("Mul", [largest.outputs[0], step], name=f"{layer.name}.token_scale")
+    smallest = _constant_(graph, "token_smallest", np.float32(_SMALLEST_SCALE))
+    safe = ir.node("Max", [scale.outputs[0], smallest], name=f"{layer.name}.safe_scale")
+    ratio = ir.node("Div", [layer.x, safe.outputs[0]], name=f"{layer.name}.ratio")
+    one = _constant_(graph, "token_one", np.float32(1))
+    codes = ir.node("QuantizeLinear", [ratio.outputs[0], one, zero], name=f"{layer.name}.quantize")
+    return [absolute, largest, scale, safe, ratio, codes], (codes.outputs[0], safe.outputs[0], zero)
+
+
+def _constant_(graph: ir.Graph, name: str, value: Any) -> ir.Value:
+    if name not in graph.initializers:
+        tensor = ir.Tensor(np.asarray(value), name=name)
+        kind = ir.TensorType(tensor.dtype)
+        graph.initializers.add(ir.Value(name=name, shape=ir.Shape(np.shape(value)), type=kind, const_value=tensor))
+    return graph.initializers[name]
+
+
+def _matmul_nbits_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
+    rows, columns = codes().codes.shape
+    group_size = codes().scheme.group_size
+    assert group_size is not None
+    groups = columns // group_size
+    shape = (rows, groups, group_size // 2)
+    weight = _add_tensor_(
+        graph, f"{layer.name}.codes", shape, ir.DataType.UINT8, lambda: pack_nibbles(codes().codes).reshape(shape)
+    )
+    scale = _add_tensor_(
+        graph, f"{layer.name}.scale", (rows * groups,), ir.DataType.FLOAT, lambda: codes().scale.reshape(-1)
+    )
+    attributes = {
+        "K": columns,
+        "N": rows,
+        "bits": 4,
+        "block_size": group_size,
+        "accuracy_level": _NBITS_INT8_COMPUTE,
+    }
+    product = ir.node("MatMulNBits", [layer.x, weight, scale], attributes, domain="com.microsoft", name=layer.name)
+    _replace_(graph, layer, [product], product.outputs[0])
+
+
+# How codes of each encoding that a target may name are written. Weights that stay float have no codes.
+WRITERS: dict[str, Callable[[ir.Graph, _Layer, _Codes, _QuantizedInputs], None]] = {
+    "matmul_integer": _matmul_integer_,
+    "matmul_integer_token": _matmul_integer_token_,
+    "matmul_nbits": _matmul_nbits_,
+}
+
+
+def pack_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Signed 4-bit codes [out, in] → unsigned pairs [out, in / 2], the even column in the low half."""
+    unsigned = (codes + _NBITS_ZERO).astype(np.uint8)
+    return np.bitwise_or(unsigned[:, 0::2], np.left_shift(unsigned[:, 1::2], 4), dtype=np.uint8)
+
+
+def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """The inverse of `pack_nibbles`."""
+    unsigned = np.stack((packed & 15, packed >> 4), axis=-1).reshape(packed.shape[0], -1)
+    return unsigned.astype(np.int8) - np.int8(_NBITS_ZERO)

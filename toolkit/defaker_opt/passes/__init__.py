@@ -1,0 +1,41 @@
+"""What a recipe does to a detector, one pass a file. The file's name is the key in the recipe, PASS the value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from defaker_opt.config import DetectorConfig
+from defaker_opt.detector import Detector
+from defaker_opt.target import Target
+
+# Told what is being done and how much of it is behind us, 0…1.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did, and all it left undone with the reason; goes into the manifest."""
+
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a pass would do: the scheme each linear weight would get, and the reason where it stays float."""
+
+    schemes: Mapping[str, str]
+    reasons: Mapping[str, str]
+
+
+class Pass(Protocol):
+    """A frozen value with its knobs."""
+
+    def check(self, config: DetectorConfig, target: Target) -> Preview:
+        """Say what would be done. Raises PassError with every reason why it cannot be."""
+        ...
+
+    def apply(self, detector: Detector, progress: Progress) -> PassResult:
+        """Change the detector; never the disk."""
+        ...

@@ -1,0 +1,141 @@
+"""Replace the weights of linear layers by integer codes, each as the first rule that matches its name says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from defaker_opt.catalog import find_module, module_names
+from defaker_opt.config import DetectorConfig
+from defaker_opt.detector import Detector, linear_weights, parameter_shapes
+from defaker_opt.errors import PassError, one_of
+from defaker_opt.methods import Method, Scheme, SchemeName, parse_scheme
+from defaker_opt.passes import PassResult, Preview, Progress
+from defaker_opt.runtime.spec import STAGES
+from defaker_opt.strict import Invalid
+from defaker_opt.target import Target
+
+
+def _wrong_method(name: str) -> str | None:
+    known = module_names("methods")
+    return None if name in known else one_of(name, known)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`match` is a glob over full weight names, e.g. "language.*"; `method` says how codes are chosen."""
+
+    match: str
+    scheme: SchemeName
+    method: str = "round_to_nearest"
+
+    CHECKS: ClassVar[Mapping[str, Callable[[str], str | None]]] = {"method": _wrong_method}
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Every linear layer must match a rule, and every rule must match a layer."""
+
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise Invalid('rules must not be empty; {match: "*", scheme: int8} quantizes everything')
+
+    def check(self, config: DetectorConfig, target: Target) -> Preview:
+        """See `Pass`."""
+        problems = [
+            f"rules: {rule.scheme} ({rule.match}) cannot run on target {target.name}, "
+            f"which runs {', '.join(target.encodings)}"
+            for rule in self.rules
+            if (scheme := parse_scheme(rule.scheme)) and scheme.kind not in target.encodings
+        ]
+        weights = _all_linear(config)
+        matched = {name: self._rule(name) for name in weights}
+        unmatched = [name for name, rule in matched.items() if rule is None]
+        if unmatched:
+            problems.append(
+                f"no rule matches {unmatched[0]} ({len(unmatched)} such weights); "
+                'end with {match: "*", scheme: float} to keep the rest'
+            )
+        used = {index for name in weights if (index := self._index(name)) is not None}
+        problems += [
+            f"rules[{index}]: {_why_unused(rule, weights)}"
+            for index, rule in enumerate(self.rules)
+            if index not in used
+        ]
+        if problems:
+            raise PassError("quantize:\n  " + "\n  ".join(problems))
+        schemes = {name: self._scheme(name, shape) for name, shape in weights.items()}
+        reasons = {name: self._why_float(name, shape) for name, shape in weights.items() if schemes[name] is None}
+        return Preview(
+            {name: str(scheme) if scheme else "float" for name, scheme in schemes.items()},
+            {**reasons, **_never_quantized(config)},
+        )
+
+    def apply(self, detector: Detector, progress: Progress) -> PassResult:
+        """See `Pass`."""
+        weights = _all_linear(detector.config)
+        for index, (name, shape) in enumerate(weights.items()):
+            scheme = self._scheme(name, shape)
+            # A run that was killed may have left codes behind, which are what they would be now.
+            if scheme is not None and name not in detector.codes:
+                rule = self._rule(name)
+                assert rule is not None
+                method: Method = find_module("methods", rule.method).METHOD()
+                detector.codes[name] = method.quantize(detector.read(name).numpy(), scheme)
+            progress(f"quantize {name}", (index + 1) / len(weights))
+        quantized = {name: str(detector.codes[name].scheme) for name in weights if name in detector.codes}
+        left = {name: self._why_float(name, shape) for name, shape in weights.items() if name not in quantized}
+        return PassResult({"quantized": quantized, "left_in_float": {**left, **_never_quantized(detector.config)}})
+
+    def _rule(self, name: str) -> Rule | None:
+        index = self._index(name)
+        return None if index is None else self.rules[index]
+
+    def _index(self, name: str) -> int | None:
+        return next((i for i, rule in enumerate(self.rules) if fnmatchcase(name, rule.match)), None)
+
+    def _scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:
+        rule = self._rule(name)
+        scheme = parse_scheme(rule.scheme) if rule else None
+        return scheme.fitted(shape[1]) if scheme else None
+
+    def _why_float(self, name: str, shape: tuple[int, ...]) -> str:
+        rule = self._rule(name)
+        assert rule is not None
+        if rule.scheme == "float":
+            return f"rule {rule.match!r} keeps it in float"
+        return f"{shape[1]} columns have no group of 16 or more that divides them"
+
+
+def _all_linear(config: DetectorConfig) -> Mapping[str, tuple[int, ...]]:
+    return {name: shape for stage in STAGES for name, shape in linear_weights(config, stage).items()}
+
+
+def _never_quantized(config: DetectorConfig) -> dict[str, str]:
+    """Parameters that no rule speaks about, with the reason."""
+    reasons: dict[str, str] = {}
+    for stage in STAGES:
+        linear = linear_weights(config, stage)
+        for name, shape in parameter_shapes(config, stage).items():
+            if name in linear:
+                continue
+            if len(shape) == 1:
+                reasons[name] = "a bias, a norm or a layer scale: added or multiplied, not a product"
+            elif name.endswith("weight") and len(shape) == 4:
+                reasons[name] = "a convolution, a small share of the work"
+            else:
+                reasons[name] = "a table of tokens or positions, added as it is"
+    return reasons
+
+
+def _why_unused(rule: Rule, weights: Mapping[str, tuple[int, ...]]) -> str:
+    if any(fnmatchcase(name, rule.match) for name in weights):
+        return f"{rule.match!r} matches only what earlier rules already took; move it up or remove it"
+    return f"{rule.match!r} matches no linear layer; names look like {', '.join(list(weights)[:1])}"
+
+
+PASS = Quantize

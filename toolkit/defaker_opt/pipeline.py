@@ -1,0 +1,242 @@
+"""The straight line: a recipe and a source → a build."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from defaker_opt import __version__
+from defaker_opt.build_facts import input_facts, prompt_facts, write_arrays, write_prompts
+from defaker_opt.catalog import PACKAGE
+from defaker_opt.detector import Detector, load_detector, parameter_shapes, source_digest
+from defaker_opt.errors import BuildError, PassError, SourceError, write_failure
+from defaker_opt.files import read_json_object, write_json
+from defaker_opt.passes import Progress
+from defaker_opt.recipe import Recipe, pass_name
+from defaker_opt.runtime.build import (
+    FORMAT,
+    MANIFEST,
+    SEAL,
+    SELF_TEST,
+    Build,
+    Manifest,
+    file_sha256,
+    open_build,
+    seal,
+)
+from defaker_opt.runtime.self_test import expected_outputs
+from defaker_opt.runtime.session import open_session
+from defaker_opt.sample import sample_image
+from defaker_opt.spool import SpooledCodes
+from defaker_opt.stage_build import build_stage
+from defaker_opt.target import Target
+
+_PASSES_SHARE = 0.1
+# Beside the build's own files, the folder for unfinished work has the job's key, the codes of quantized weights, and a
+# receipt for each finished stage.
+_CONTENT = "build"
+_PLAN = "plan.json"
+_CODES = "codes"
+_TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
+
+# The self-test's tolerances: rounding moves the outputs of a quantized build from machine to machine.
+_EXACT = {"probability_tolerance": 1e-3, "mask_tolerance": 1e-3}
+_QUANTIZED = {"probability_tolerance": 0.02, "mask_tolerance": 0.05}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the bytes of a build."""
+
+    recipe: Recipe
+    target: Target
+    source: str
+    detector: Detector
+    plan: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over the plan; equal keys give equal builds."""
+        return hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
+
+
+def plan_job(recipe: Recipe, target: Target, source: str) -> Job:
+    """Open the source and check that the recipe can be carried out. Raises DefakerError before any work is done."""
+    detector = load_detector(source)
+    if detector.config.prompt is None:
+        raise SourceError(
+            f"{source}/config.json: prompt is missing, so nothing can be asked; set the token ids of the prompts there"
+        )
+    try:
+        for each in recipe.passes:
+            each.check(detector.config, target)
+    except PassError as error:
+        raise PassError(f"recipe {recipe.name}: {error}") from error
+    plan = {
+        "recipe": {**recipe.as_json(), "source": detector.config.name, "target": target.name},
+        "target": target.as_json(),
+        "source": {
+            "name": detector.config.name,
+            "trained": detector.config.trained,
+            "sha256": source_digest(detector),
+        },
+        "tools": tool_versions(),
+    }
+    return Job(recipe, target, source, detector, plan)
+
+
+def tool_versions() -> dict[str, str]:
+    """What this build is made with; our own code by its hash too, so that no stage of older code is ever reused."""
+    versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))).hexdigest()
+    return {"defaker-opt": f"{__version__}+{code[:12]}", "python": platform.python_version(), **versions}
+
+
+def make_build(job: Job, output: Path, progress: Progress, replace: bool = False) -> Build:
+    """Make the build of a job, or return the one that is there if it is of the same job.
+
+    Works in a hidden folder beside `output`, where a later call for the same job finds the finished stages; the folder
+    gets its name only when it is complete. Raises BuildError if something else is at `output` and `replace` is not set.
+    """
+    existing = _existing_build(job, output, replace)
+    if existing:
+        return existing
+    work = output.with_name(f".{output.name}.partial")
+    try:
+        with _alone(work):
+            _prepare(work, job)
+            data = _fill(job, work, progress)
+            write_json(work / _CONTENT / MANIFEST, {**data, SEAL: seal(data)})
+            progress("verify", 0.98)
+            build = open_build(work / _CONTENT)
+            _move_into_place(work, output)
+    except OSError as error:
+        raise write_failure(work, error) from error
+    progress("done", 1.0)
+    return dataclasses.replace(build, folder=output)
+
+
+def _existing_build(job: Job, output: Path, replace: bool) -> Build | None:
+    """The build at `output` if it is this job's; None if the place is free or may be made free."""
+    if output.name in ("", ".."):
+        raise BuildError(f"{output}: give the build a folder of its own, for example {output / 'my-build'}")
+    if not output.exists() and not output.is_symlink():
+        return None
+    manifest = read_json_object(output / MANIFEST)
+    if manifest is None or "plan_sha256" not in manifest:
+        raise BuildError(f"{output}: already there and not a build, so it is left alone; choose another --output")
+    try:
+        build = open_build(output)
+        if manifest["plan_sha256"] == job.key:
+            return build
+        reason = "is another build"
+    except BuildError as error:
+        reason = f"is a damaged build ({error})"
+    if replace:
+        return None
+    raise BuildError(f"{output}: {reason}; choose another --output, or replace it with --replace")
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Hold the folder for unfinished work. Raises BuildError if another process does."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    lock = work.with_name(f"{work.name}.lock")
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BuildError(
+                f"{work}: another process is making this build; wait, or choose another --output"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _prepare(work: Path, job: Job) -> None:
+    """Keep finished stages of the same job; anything else there is of no use."""
+    plan = read_json_object(work / _PLAN)
+    if plan is None or plan.get("key") != job.key:
+        shutil.rmtree(work, ignore_errors=True)
+    (work / _CONTENT).mkdir(parents=True, exist_ok=True)
+    for leftover in (work / _CONTENT).glob(".*"):
+        leftover.unlink()
+    write_json(work / _PLAN, {"key": job.key})
+
+
+def _fill(job: Job, work: Path, progress: Progress) -> dict[str, Any]:
+    """Write everything but the manifest; the manifest's content."""
+    content = work / _CONTENT
+    detector = dataclasses.replace(job.detector, codes=SpooledCodes(work / _CODES), savings=job.recipe.savings)
+    passes = []
+    for index, each in enumerate(job.recipe.passes):
+        share = functools.partial(_nested, progress, _PASSES_SHARE * index / len(job.recipe.passes), _PASSES_SHARE)
+        passes.append({pass_name(each): dict(each.apply(detector, share).notes)})
+    write_prompts(detector, content)
+    data: dict[str, Any] = {
+        "format": FORMAT,
+        "plan_sha256": job.key,
+        **job.plan,
+        "passes": passes,
+        "input": input_facts(detector),
+        "prompt": prompt_facts(detector),
+        "thresholds": {"fake_probability": 0.5, "gate": 0.5 if detector.savings.gated_mask else 0.0, "mask_logit": 0.0},
+        "self_test": _QUANTIZED if detector.codes else _EXACT,
+        "stages": {stage: {"spec": detector.spec(stage).as_json()} for stage in detector.savings.stages()},
+    }
+    # Still being written, but complete enough for finished stages to feed the next ones.
+    build = Build(content, Manifest(data), digest="")
+    done = 0.0
+    for stage, part in _stage_shares(detector).items():
+        progress(f"export {stage}", _PASSES_SHARE + 0.85 * done)
+        done += part
+        data["stages"][stage] = build_stage(detector, job.target, stage, build, work / f"{stage}.json")
+    progress("self-test", 0.95)
+    write_arrays(content / SELF_TEST, expected_outputs(open_session(build), sample_image()))
+    files = [path for path in sorted(content.iterdir()) if path.name != MANIFEST]
+    data["files"] = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+    return data
+
+
+def _stage_shares(detector: Detector) -> dict[str, float]:
+    """The share of the work that each stage is: that of its parameters, so that the time left is foreseen."""
+    sizes = {
+        stage: sum(math.prod(shape) for shape in parameter_shapes(detector.config, stage).values())
+        for stage in detector.savings.stages()
+    }
+    return {stage: size / sum(sizes.values()) for stage, size in sizes.items()}
+
+
+def _nested(progress: Progress, start: float, share: float, what: str, fraction: float) -> None:
+    progress(what, start + share * fraction)
+
+
+def _move_into_place(work: Path, output: Path) -> None:
+    """Give the finished folder its name; an old build is moved aside first, and removed last."""
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        os.replace(output, old)
+    os.replace(work / _CONTENT, output)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def build_bytes(build: Build) -> int:
+    """Everything in the folder, the manifest included."""
+    return sum(path.stat().st_size for path in build.folder.iterdir())

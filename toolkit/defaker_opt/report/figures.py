@@ -1,0 +1,236 @@
+"""Every metric of both builds on one set of pictures, with the interval of its drop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from defaker_opt.errors import DefakerError
+from defaker_opt.limits import LIMITABLE, Limit
+from defaker_opt.report.columns import column
+from defaker_opt.report.evidence import Evidence
+from defaker_opt.report.values import Check, Figure, Flips
+from defaker_opt.statistics import Interval
+from defaker_opt.statistics.auc import compare_auc
+from defaker_opt.statistics.bootstrap import FEWEST_CARRIERS, Bootstrap, bca_interval, bootstrap_clusters
+from defaker_opt.statistics.clusters import Clusters
+from defaker_opt.statistics.crossing import limit_test
+from defaker_opt.statistics.decision import decide, decide_interval, is_implausible_gain, two_sided
+from defaker_opt.statistics.intervals import clopper_pearson_upper
+from defaker_opt.statistics.paired_proportions import PairedCounts, count_pairs, mcnemar_exact, tango_interval
+from defaker_opt.statistics.sample_size import images_needed
+
+# All metrics in the order of the tables; `mask_area` shows a bias and cannot be limited.
+METRICS = (*LIMITABLE, "mask_area")
+POWER = 0.8
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures, which of them are not independent, and each build's threshold of the probability of forged."""
+
+    evidence: Evidence
+    clusters: Clusters
+    thresholds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures that could be computed, and the reasons why others could not."""
+
+    figures: tuple[Figure, ...]
+    missing: tuple[str, ...]
+
+
+def measure(
+    sample: Sample, limits: Mapping[str, Limit], resamples: int = RESAMPLES, only: Iterable[str] = METRICS
+) -> Measured:
+    """Metrics, all unless said, with their intervals; those with a limit are checked against it."""
+    figures, missing = [], []
+    for metric in only:
+        try:
+            figures.append(_figure(metric, sample, limits.get(metric), resamples))
+        except DefakerError as error:
+            missing.append(f"{metric}: {error}")
+    return Measured(tuple(figures), tuple(missing))
+
+
+def count_flips(sample: Sample) -> Flips:
+    """Flips, with an upper bound that counts clusters as often as they deserve."""
+    evidence = sample.evidence
+    flipped, n = evidence.flipped, len(evidence)
+    counts = count_pairs(flipped, np.zeros(n, bool), sample.clusters.index)
+    seen, trials = math.ceil(counts.losses), max(1, math.floor(counts.pictures))
+    right, build_right = evidence.right(evidence.reference), evidence.right(evidence.build)
+    return Flips(
+        flips=int(flipped.sum()),
+        n=n,
+        rate=float(flipped.mean()),
+        upper=clopper_pearson_upper(min(seen, trials), trials),
+        losses=int((right & ~build_right).sum()),
+        gains=int((~right & build_right).sum()),
+    )
+
+
+def _figure(metric: str, sample: Sample, limit: Limit | None, resamples: int) -> Figure:
+    if metric == "verdict_accuracy":
+        return accuracy_figure(sample, limit)
+    if metric == "verdict_auc":
+        return _auc_figure(sample, limit)
+    return _bootstrap_figure(metric, sample, limit, resamples)
+
+
+def accuracy_figure(sample: Sample, limit: Limit | None) -> Figure:
+    """Accuracy by counts of pictures that only one build gets right."""
+    evidence = sample.evidence
+    right = evidence.right(evidence.reference), evidence.right(evidence.build)
+    counts = count_pairs(*right, sample.clusters.index)
+    interval = tango_interval(counts)
+    losses, gains = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
+    p = mcnemar_exact(losses, gains)
+    return Figure(
+        metric="verdict_accuracy",
+        better="higher",
+        n=len(evidence),
+        clusters=counts.clusters,
+        reference=float(right[0].mean()),
+        build=float(right[1].mean()),
+        drop=(losses - gains) / len(evidence),
+        low=interval.low,
+        high=interval.high,
+        method=f"Tango score, design effect {counts.design_effect:.2f}; {losses} lost, {gains} gained, "
+        f"McNemar exact p = {p:.3g}",
+        check=_check_counts(counts, interval, limit) if limit else None,
+    )
+
+
+def _check_counts(counts: PairedCounts, interval: Interval, limit: Limit) -> Check:
+    test = limit_test(counts, limit.max_drop)
+    decision = decide(test, limit.confidence)
+    bounds = tango_interval(counts, two_sided(limit.confidence))
+    needed = None
+    if decision == "UNDECIDED":
+        needed = images_needed(counts, limit.max_drop, limit.confidence, POWER)
+    return Check(
+        max_drop=limit.max_drop,
+        confidence=limit.confidence,
+        decision=decision,
+        low=bounds.low,
+        high=bounds.high,
+        images=needed.images if needed else None,
+        # An exact test may miss its answer by a hair that the approximate count does not see.
+        more=max(1, needed.more) if needed else None,
+        answer=needed.answer if needed else "",
+        implausible_gain=is_implausible_gain(interval, limit.max_drop),
+    )
+
+
+def _auc_figure(sample: Sample, limit: Limit | None) -> Figure:
+    evidence = sample.evidence
+    scores = evidence.reference["probability"], evidence.build["probability"]
+    compared = compare_auc(evidence.labels, *scores, sample.clusters.index)
+    if compared is None:
+        raise DefakerError("needs authentic and forged images")
+    check = None
+    if limit:
+        bounds = compare_auc(evidence.labels, *scores, sample.clusters.index, two_sided(limit.confidence))
+        assert bounds is not None
+        spread = Spread(compared.standard_error, len(evidence), compared.clusters)
+        check = _check_interval(compared.drop, bounds.interval, compared.interval, limit, spread)
+    return Figure(
+        metric="verdict_auc",
+        better="higher",
+        n=len(evidence),
+        clusters=compared.clusters,
+        reference=compared.reference,
+        build=compared.build,
+        drop=compared.drop,
+        low=compared.interval.low,
+        high=compared.interval.high,
+        method="paired DeLong, clustered (Obuchowski)",
+        check=check,
+    )
+
+
+def _bootstrap_figure(metric: str, sample: Sample, limit: Limit | None, resamples: int) -> Figure:
+    figure = column(metric, sample.evidence, sample.thresholds)
+    n = int(figure.used.sum())
+    if n == 0:
+        raise DefakerError("no forged image with a ground truth mask")
+    clusters = sample.clusters.index[figure.used]
+    if np.ptp(clusters) == 0:
+        raise DefakerError("all images are of one cluster")
+    reference, build = (float(value[0]) for value in figure.sides(np.ones((1, n))))
+    if math.isnan(reference + build):
+        raise DefakerError("needs authentic and forged images")
+    result = bootstrap_clusters(lambda weights: figure.drop(weights)[:, None], clusters, resamples)
+    interval = bca_interval(result, 0)
+    check = None
+    if limit:
+        bounds = bca_interval(result, 0, two_sided(limit.confidence))
+        spread = Spread(float(np.nanstd(result.replicates[:, 0])), n, result.clusters)
+        check = _check_interval(float(result.estimate[0]), bounds, interval, limit, spread)
+    return Figure(
+        metric=metric,
+        better=figure.better,
+        n=n,
+        clusters=result.clusters,
+        reference=reference,
+        build=build,
+        drop=float(result.estimate[0]),
+        low=interval.low,
+        high=interval.high,
+        method=f"BCa bootstrap, {resamples} resamples of clusters{_few_carriers(result)}",
+        check=check,
+    )
+
+
+def _few_carriers(result: Bootstrap) -> str:
+    carriers = float(result.carriers[0])
+    if not 0 < carriers < FEWEST_CARRIERS:
+        return ""
+    return f"; rests on some {carriers:.0f} clusters, so it may be too narrow"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard error of a drop on n pictures in so many clusters."""
+
+    error: float
+    n: int
+    clusters: int
+
+
+def _check_interval(drop: float, bounds: Interval, interval: Interval, limit: Limit, spread: Spread) -> Check:
+    decision = decide_interval(bounds, limit.max_drop)
+    images = _images(drop, limit, spread) if decision == "UNDECIDED" else None
+    return Check(
+        max_drop=limit.max_drop,
+        confidence=limit.confidence,
+        decision=decision,
+        low=bounds.low,
+        high=bounds.high,
+        images=images,
+        more=None if images is None else max(1, images - spread.n),
+        answer="" if images is None else "ACCEPT" if drop < limit.max_drop else "REJECT",
+        implausible_gain=is_implausible_gain(interval, limit.max_drop),
+    )
+
+
+def _images(drop: float, limit: Limit, spread: Spread) -> int | None:
+    """Images for an answer with the power, if the drop stays: error ∝ 1/√n; None if the drop is the limit."""
+    gap = abs(limit.max_drop - drop)
+    if gap < 1e-9:
+        return None
+    if spread.error == 0:
+        # Nothing changed in any cluster: as many as make `unseen_change` smaller than the limit.
+        needed = math.log(1 - limit.confidence) / math.log(1 - gap) / spread.clusters
+    else:
+        z_alpha, z_beta = stats.norm.ppf([limit.confidence, POWER])
+        needed = ((z_alpha + z_beta) * spread.error / gap) ** 2
+    return math.ceil(needed * spread.n)

@@ -1,0 +1,284 @@
+"""Run the stages in order: a picture → a verdict and, if it is suspicious, a mask."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from defaker_opt.errors import BuildError
+from defaker_opt.runtime.backends import OpenStage, Tensors, find_backend
+from defaker_opt.runtime.build import Build
+from defaker_opt.runtime.clock import Clock
+from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
+from defaker_opt.runtime.prompts import Prefix, joined, load_prompts, question_input
+from defaker_opt.runtime.spec import VOCABULARY_HEAD, StageSpec
+
+Array = NDArray[np.float32]
+
+# With fewer cores than this, two stages at once only get in each other's way.
+_CORES_FOR_TWO = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one picture was judged to be.
+
+    fake_probability: 0…1, the share of the four "yes" words among the eight answer words, at the build's temperature.
+    verdict_logits: float32 [8], first the four that say fake, then the four that say real.
+    mask: bool [height, width] of the picture, True where it is tampered with; None if the gate held it back.
+    mask_area: share of the picture that the mask covers, 0…1; None without a mask.
+    latency_ms: milliseconds by stage, "preprocess", "mask_resize" and "total"; a stage that did not run is absent, and
+    two that ran at once count both.
+    greedy_answer: where the mask's answer is decoded (a build without `appended_answer`), the likeliest word at each of
+    its steps, as token ids. The fixed answer's own words are fed all the same, so the mask is that of the fixed answer.
+    mask_logits: float32 [s/4, s/4] of the mask image's size s, what the mask was made from; None without a mask.
+    """
+
+    fake_probability: float
+    is_fake: bool
+    verdict_logits: Array
+    mask: NDArray[np.bool_] | None
+    mask_area: float | None
+    latency_ms: Mapping[str, float] = field(compare=False)
+    mask_logits: Array | None = None
+    greedy_answer: tuple[int, ...] = field(default=(), compare=False)
+
+
+@dataclass
+class Session:
+    """An open build. Stages are opened when they are first needed, so a real picture never loads the segmenter."""
+
+    build: Build
+    threads: int = 0
+    _open: dict[str, OpenStage] = field(default_factory=dict)
+    _prompts: dict[str, Array] = field(default_factory=dict)
+
+    def judge(self, image: Image.Image, gate: float | None = None) -> Verdict:
+        """Judge one RGB picture. The mask is made if the fake probability reaches `gate` (default: the manifest's)."""
+        thresholds, facts = self.build.manifest.data["thresholds"], self.build.manifest.data["input"]
+        gate = thresholds["gate"] if gate is None else gate
+        clock = Clock()
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            ahead = beside.submit(self._encode_whole, image, Clock()) if self._encodes_ahead(gate) else None
+            with clock("preprocess"):
+                tiles = image_tiles(image, facts["tile_size"], facts["min_tiles"], facts["max_tiles"])
+            prefix = self.read_prefix(self.see(tiles, clock), clock)
+            logits = self.ask("verdict", prefix, clock)[0]
+            _refuse_not_finite("language", "verdict_logits", logits)
+            probability = fake_probability(logits, thresholds.get("temperature", 1.0))
+            mask: NDArray[np.bool_] | None = None
+            mask_logits: Array | None = None
+            greedy: tuple[int, ...] = ()
+            if probability >= gate:
+                embedding, greedy = self._find_mask(prefix, clock)
+                del prefix  # its key/values are large, and the mask encoder needs room
+                mask_logits = self._mask_logits(image, embedding, ahead, clock)
+                with clock("mask_resize"):
+                    size = facts["mask_image_size"]
+                    mask = full_size_mask(mask_logits, size, *image.size, thresholds["mask_logit"])
+        return Verdict(
+            fake_probability=probability,
+            is_fake=probability > thresholds["fake_probability"],
+            verdict_logits=logits,
+            mask=mask,
+            mask_area=None if mask is None else float(mask.mean()),
+            latency_ms=clock.finish(),
+            mask_logits=mask_logits,
+            greedy_answer=greedy,
+        )
+
+    def run(self, stage: str, tensors: Tensors, clock: Clock, outputs: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
+        """Run one stage, opening it first if need be; the named outputs, or all of them, by name."""
+        with clock("load"):
+            opened = self.open_stage(stage)
+        with clock(stage):
+            return opened(tensors, outputs or tuple(tensor.name for tensor in self.spec(stage).outputs))
+
+    def spec(self, stage: str) -> StageSpec:
+        """The contract of one stage."""
+        return self.build.manifest.spec(stage)
+
+    def open_stage(self, stage: str) -> OpenStage:
+        """The stage, opened once."""
+        if stage not in self._open:
+            target = self.build.manifest.data["target"]
+            options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
+            options["skip_unread"] = self.build.manifest.saves("last_layer_rows")
+            backend = find_backend(target["backend"])
+            self._open[stage] = backend.open_stage(self.build.folder / f"{stage}.onnx", self.spec(stage), options)
+        return self._open[stage]
+
+    def close(self) -> None:
+        """Give back the memory of all stages; they open again when they are needed."""
+        self._open.clear()
+
+    def prompts(self) -> dict[str, Array]:
+        """Embeddings of the fixed prompts: `before` and the suffixes `shared`, `verdict`, `mask`, each [tokens, H]."""
+        if not self._prompts:
+            self._prompts.update(load_prompts(self.build))
+        return self._prompts
+
+    def see(self, tiles: Array, clock: Clock) -> dict[str, NDArray[Any]]:
+        """Run the vision encoder on normalized tiles [T, 3, t, t]; its outputs, tile by tile."""
+        manifest, count = self.build.manifest, len(tiles)
+        if not manifest.saves("no_padding"):
+            empty = np.zeros((manifest.data["input"]["max_tiles"] + 1 - count, *tiles.shape[1:]), np.float32)
+            tiles = np.concatenate([tiles, empty])
+        first, place = _distinct(tiles) if manifest.saves("identical_tiles") else (list(range(len(tiles))),) * 2
+        step = manifest.data["target"]["session"]["tiles"] or len(first)
+        seen = [
+            self.run("vision_encoder", {"tiles": tiles[first[start : start + step]]}, clock)
+            for start in range(0, len(first), step)
+        ]
+        whole = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
+        return {name: array[place[:count]] for name, array in whole.items()}
+
+    def prefix_input(self, vision: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Input of the language stage for what both questions share: prompt, image, start of the question."""
+        prompts = self.prompts()
+        tokens, kept = vision["vision_tokens"], vision["kept_positions"]
+        tiles, _, width = tokens.shape
+        per_tile = int(self.build.manifest.data["input"]["tokens_per_tile"])
+        before, shared = prompts["before"], prompts["shared"]
+        # Pruned tokens leave gaps: positions stay those of the full image, so that the questions stand where they did.
+        image_positions = len(before) + np.arange(tiles)[:, None] * per_tile + kept
+        after_image = len(before) + tiles * per_tile
+        positions = np.concatenate(
+            [np.arange(len(before)), image_positions.reshape(-1), after_image + np.arange(len(shared))]
+        )
+        embeds = np.concatenate([before, tokens.reshape(-1, width), shared])
+        return {"inputs_embeds": embeds[None], "position_ids": positions[None].astype(np.int64), **self._empty_past()}
+
+    def _empty_past(self) -> dict[str, Array]:
+        past = [tensor for tensor in self.spec("language").inputs if tensor.name.startswith("past_")]
+        return {
+            tensor.name: np.zeros([0 if size == "past" else int(size) for size in tensor.shape], np.float32)
+            for tensor in past
+        }
+
+    def read_prefix(self, vision: Mapping[str, NDArray[Any]], clock: Clock) -> Prefix:
+        """Compute once what both questions share, block by block of tokens, each on the key/values before it."""
+        given = self.prefix_input(vision)
+        embeds, positions, past = given.pop("inputs_embeds"), given.pop("position_ids"), dict(given)
+        image_tokens = len(vision["vision_tokens"]) * int(self.build.manifest.data["input"]["tokens_per_tile"])
+        next_position = len(self.prompts()["before"]) + image_tokens + len(self.prompts()["shared"])
+        if not self.build.manifest.saves("shared_prefix"):
+            return Prefix(past, next_position, embeds[0], positions[0])
+        total = embeds.shape[1]
+        step = self.build.manifest.data["target"]["session"]["tokens"] or total
+        for start in range(0, total, step):
+            block = slice(start, start + step)
+            tokens = {"inputs_embeds": embeds[:, block], "position_ids": positions[:, block]}
+            past = joined(past, self.run("language", {**tokens, **past}, clock, self._present()))
+        return Prefix(past, next_position, embeds[0, total:], positions[0, total:])
+
+    def _present(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.spec("language").outputs if t.name.startswith("present_"))
+
+    def ask(self, question: str, prefix: Prefix, clock: Clock) -> Array:
+        """Ask a question after the shared prefix: "verdict" → logits [1, 8], "mask" → segmentation embedding [1, C]."""
+        given = self.question_input(question, prefix)
+        if question == "mask":
+            embedding: Array = self.run("language", given, clock, ("seg_embedding",))["seg_embedding"]
+            return embedding
+        manifest = self.build.manifest
+        if manifest.saves("verdict_head"):
+            logits: Array = self.run("language", given, clock, ("verdict_logits",))["verdict_logits"]
+            return logits
+        hidden = self.run("language", given, clock, ("last_hidden",))
+        words: Array = self.run(VOCABULARY_HEAD, hidden, clock)["vocabulary_logits"][
+            :, manifest.data["prompt"]["answers"]
+        ]
+        return words
+
+    def question_input(self, question: str, prefix: Prefix) -> dict[str, NDArray[Any]]:
+        """Input of the language stage for one question after the shared prefix."""
+        return question_input(prefix, self.prompts()[question])
+
+    def _find_mask(self, prefix: Prefix, clock: Clock) -> tuple[Array, tuple[int, ...]]:
+        """The segmentation embedding, and the words of a decoded answer."""
+        if self.build.manifest.saves("appended_answer"):
+            return self.ask("mask", prefix, clock), ()
+        return self._decode(prefix, clock)
+
+    def _decode(self, prefix: Prefix, clock: Clock) -> tuple[Array, tuple[int, ...]]:
+        """Answer the mask's question one word a step, as long as the fixed answer is."""
+        steps = self.build.manifest.data["prompt"]["answer_tokens"]
+        question = self.question_input("mask", prefix)
+        embeds, positions, past = question.pop("inputs_embeds"), question.pop("position_ids"), dict(question)
+        wanted = ("seg_embedding", "last_hidden", *self._present())
+        given = {"inputs_embeds": embeds[:, :-steps], "position_ids": positions[:, :-steps]}
+        state = self.run("language", {**given, **past}, clock, wanted)
+        greedy = []
+        for step in range(-steps, 0):
+            words = self.run(VOCABULARY_HEAD, {"last_hidden": state["last_hidden"]}, clock)["vocabulary_logits"]
+            greedy.append(int(words.argmax()))
+            past = joined(past, state)
+            word = slice(step, step + 1 or None)
+            given = {"inputs_embeds": embeds[:, word], "position_ids": positions[:, word]}
+            state = self.run("language", {**given, **past}, clock, wanted)
+        return state["seg_embedding"], tuple(greedy)
+
+    def _encodes_ahead(self, gate: float) -> bool:
+        """Whether the mask encoder may begin before the verdict is known."""
+        cores = os.cpu_count() or 1
+        return gate <= 0 and cores >= _CORES_FOR_TWO and self.build.manifest.saves("concurrent_mask_encoder")
+
+    def _encode_whole(self, image: Image.Image, clock: Clock) -> tuple[dict[str, NDArray[Any]], Clock]:
+        with clock("preprocess"):
+            pixels = mask_image(image, self.build.manifest.data["input"]["mask_image_size"])
+        return self.run("mask_encoder", {"image": pixels}, clock), clock
+
+    def _mask_logits(
+        self,
+        image: Image.Image,
+        embedding: Array,
+        ahead: Future[tuple[dict[str, NDArray[Any]], Clock]] | None,
+        clock: Clock,
+    ) -> Array:
+        features, encoding = ahead.result() if ahead else self._encode_whole(image, Clock())
+        clock.add(encoding)
+        decoded = self.run("mask_decoder", {**features, "seg_embedding": embedding}, clock)
+        _refuse_not_finite("mask_decoder", "mask_logits", decoded["mask_logits"])
+        logits: Array = decoded["mask_logits"][0]
+        return logits
+
+
+def _distinct(tiles: Array) -> tuple[list[int], list[int]]:
+    """Index of the first of each set of tiles whose bytes are equal, and for every tile the place of its set."""
+    places: dict[bytes, int] = {}
+    place = [places.setdefault(tile.tobytes(), len(places)) for tile in tiles]
+    return [place.index(each) for each in range(len(places))], place
+
+
+def _refuse_not_finite(stage: str, output: str, values: NDArray[Any]) -> None:
+    if not np.isfinite(values).all():
+        raise BuildError(
+            f"{stage}: {output} is not a finite number on this machine, so there is no verdict; "
+            "try the build's --self-test, or another backend or target"
+        )
+
+
+def fake_probability(verdict_logits: Array, temperature: float = 1.0) -> float:
+    """Softmax over the eight answer words, then the share of the first four, which say fake (DeFakerOne, 4.6).
+
+    temperature: what the log-odds of that share are divided by; a refitted build has one other than 1.
+    """
+    logits = verdict_logits.astype(np.float64)
+    odds = np.exp(logits - logits.max())
+    if temperature == 1.0:
+        return float(odds[:4].sum() / odds.sum())
+    log_odds = np.logaddexp.reduce(logits[:4]) - np.logaddexp.reduce(logits[4:])
+    return float(1 / (1 + np.exp(-log_odds / temperature)))
+
+
+def open_session(build: Build, threads: int = 0) -> Session:
+    """Open a build for judging. `threads`: 0 = one for each core."""
+    return Session(build, threads)

@@ -1,0 +1,59 @@
+"""Codes of quantized weights kept on disk, so that a detector of any size needs memory for one weight at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from defaker_opt.methods import QuantizedWeight, Scheme, parse_scheme
+
+_CODES, _SCALE = ".codes.npy", ".scale.npy"
+
+
+class SpooledCodes(MutableMapping[str, QuantizedWeight]):
+    """Name of a weight → its codes, in files of a folder. What a killed process had finished is there again.
+
+    Each look-up maps the files anew, and forgets them with the value: hold no more of them than are needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.schemes: dict[str, Scheme] = {}
+        for path in folder.glob(f"*{_CODES}"):
+            name, _, scheme = path.name.removesuffix(_CODES).rpartition(".")
+            if (parsed := parse_scheme(scheme)) is not None and not name.startswith("."):
+                self.schemes[name] = parsed
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        place = self._place(name, self.schemes[name])
+        codes: NDArray[np.int8] = np.load(f"{place}{_CODES}", mmap_mode="r", allow_pickle=False)
+        return QuantizedWeight(codes, np.load(f"{place}{_SCALE}", allow_pickle=False), self.schemes[name])
+
+    def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
+        place = self._place(name, weight.scheme)
+        # The codes come last: where they are, a weight is complete.
+        for array, end in ((weight.scale, _SCALE), (weight.codes, _CODES)):
+            partial = place.with_name(f".{place.name}{end}")
+            with partial.open("wb") as stream:
+                np.save(stream, array, allow_pickle=False)
+            os.replace(partial, f"{place}{end}")
+        self.schemes[name] = weight.scheme
+
+    def __delitem__(self, name: str) -> None:
+        place = self._place(name, self.schemes.pop(name))
+        for end in (_CODES, _SCALE):
+            Path(f"{place}{end}").unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.schemes)
+
+    def __len__(self) -> int:
+        return len(self.schemes)
+
+    def _place(self, name: str, scheme: Scheme) -> Path:
+        return self.folder / f"{name}.{scheme}"

@@ -1,0 +1,90 @@
+"""Where a build will run: a frozen value, read from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from defaker_opt import strict
+from defaker_opt.catalog import find_yaml, module_names
+from defaker_opt.errors import ConfigError, one_of
+
+# For each kind of code, the ways of writing it into a graph; `graph/codes.py` says what each is.
+ENCODINGS = {
+    "float": ("matmul",),
+    "int8": ("matmul_integer",),
+    "int8-token": ("matmul_integer_token",),
+    "int4": ("matmul_nbits",),
+}
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a backend runs stages. threads: for each stage, 0 = one for each core.
+
+    tiles and tokens: how many of a picture's tiles, and of the prefix's tokens, one call takes, 0 = all of them. Fewer
+    need less memory, and tokens in blocks are not compared with later ones that they must not see.
+    """
+
+    threads: int = 0
+    tiles: int = 0
+    tokens: int = 0
+
+    CHECKS: ClassVar[Mapping[str, Callable[[int], str | None]]] = {
+        name: lambda count: None if count >= 0 else f"must be 0 or more, got {count}"
+        for name in ("threads", "tiles", "tokens")
+    }
+
+
+@dataclass(frozen=True)
+class Target:
+    """`encodings` says, for each kind of code the target can run, how it is written; a kind it lacks it cannot run."""
+
+    name: str
+    description: str
+    backend: str
+    encodings: dict[str, str]
+    session: SessionOptions = SessionOptions()
+
+    def as_json(self) -> dict[str, Any]:
+        """The form the manifest keeps."""
+        return dataclasses.asdict(self)
+
+
+def load_target(name: str) -> Target:
+    """Read a shipped target by name, or any by path. Raises ConfigError with every problem of the file."""
+    path = find_yaml("profiling/targets", name, "target")
+    problems: list[str] = []
+
+    def report(where: str, what: str) -> None:
+        problems.append(f"{where}: {what}" if where else what)
+
+    data = strict.read_yaml(path)
+    if isinstance(data, dict):
+        if "name" in data:
+            report("name", "unknown key; a target is called what its file is called")
+        _check_names(data, report)
+        data = {**data, "name": path.stem}
+    parsed = strict.parse(Target, data, "", report)
+    if problems:
+        raise ConfigError(path, problems)
+    assert isinstance(parsed, Target)
+    return parsed
+
+
+def _check_names(data: Mapping[str, Any], report: strict.Report) -> None:
+    backends = module_names("runtime.backends")
+    backend, encodings = data.get("backend"), data.get("encodings")
+    if isinstance(backend, str) and backend not in backends:
+        report("backend", one_of(backend, backends))
+    if not isinstance(encodings, Mapping):
+        return
+    for kind, encoding in encodings.items():
+        if kind not in ENCODINGS:
+            report("encodings", f"unknown key, {one_of(kind, ENCODINGS)}")
+        elif encoding not in ENCODINGS[kind]:
+            report(f"encodings.{kind}", one_of(encoding, ENCODINGS[kind]))
+    if "float" not in encodings:
+        report("encodings.float", "missing; some weights always stay float")
