@@ -21,12 +21,12 @@ from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector, source_digest
 from defaker_opt.errors import DefakerError, one_of, write_failure
 from defaker_opt.training import PHASES, PRECISIONS, PairSource, Plan, Precision
+from defaker_opt.training.attune import attune_
 from defaker_opt.training.batches import Batch, Prepared, draw_batches, draw_pairs, stack_pairs
 from defaker_opt.training.checkpoint import Progress, as_job, resume_, start, write_checkpoint
 from defaker_opt.training.evaluate import Scores, area_under_curve, evaluate, fake_probabilities
 from defaker_opt.training.losses import joint_losses, total_loss
 from defaker_opt.training.model import JointModel, use_fused_attention_
-from defaker_opt.training.sharpen import sharpen_
 from defaker_opt.weights import DrawnWeights
 
 Report = Callable[[str, float], None]
@@ -111,12 +111,11 @@ def train(detector: Detector, plan: Plan, machine: Machine, folder: Path, report
 def _begin(detector: Detector, plan: Plan, machine: Machine) -> Progress:
     model = JointModel(detector).to(machine.device)
     if machine.device.type == "cuda":
-        # On CPUs torch's fused attention takes twice as long as plain products, forward and backward.
         use_fused_attention_(model)
     if isinstance(detector.weights, DrawnWeights):
         # What the mask path learnt alone, with the bias for [SEG], is not drowned in noise when it is joined.
         model.seg_end().weight.data.mul_(_QUIET)
-        sharpen_(model)
+        attune_(model)
     taught = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in taught if p.ndim >= 2], "weight_decay": plan.weight_decay},
