@@ -54,7 +54,7 @@ def observe_layers(
         last = max(STAGES.index(name.partition(".")[0]) for name, wanted in needs.items() if wanted)
         shifted = any("shift" in wanted for wanted in needs.values())
         # The detector as it is, and, if anyone asks, as it was.
-        sweep = _Sweep([detector, dataclasses.replace(detector, codes={})][: 1 + shifted], needs)
+        sweep = Sweep([detector, dataclasses.replace(detector, codes={})][: 1 + shifted], needs)
         vision = yield from sweep.walk("vision_encoder", [tile_inputs(detector, samples)] * (last >= 0), last > 0)
         questions = [question_inputs(detector, each, balance) for each in vision]
         language = yield from sweep.walk("language", questions, last > 1)
@@ -63,7 +63,7 @@ def observe_layers(
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class Sweep:
     """detectors: as it is and, if needed, as it was; everything below has one entry for each of them."""
 
     detectors: list[Detector]
