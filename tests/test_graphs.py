@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from defaker_opt.graph import Graph
 from defaker_opt.graph import codes as codes_module
 from defaker_opt.graph.export import export_stage
 from defaker_opt.graph.write import check_decoded, decoded_weights, write_graph
-from defaker_opt.methods import Scheme
+from defaker_opt.methods import Scheme, parse_scheme
 from defaker_opt.methods.round_to_nearest import RoundToNearest
 from defaker_opt.runtime import open_build
 from defaker_opt.runtime.backends.onnx_runtime import open_stage
@@ -84,8 +85,10 @@ def outliers(tokens: int, columns: int) -> np.ndarray:
         (Scheme(8), tensor_product_plain, 1e-5),
         (Scheme(8, activations="token"), token_product_plain, 1e-5),
         (Scheme(4, 32, "block"), None, 0.02),
+        (Scheme(4, 32, "block", "group"), None, 0.02),
+        (Scheme(2, 32, "block", "group"), None, 0.02),
     ],
-    ids=["float", "int8", "int8-token", "int4-g32"],
+    ids=["float", "int8", "int8-token", "int4-g32", "int4-asym-g32", "int2-asym-g32"],
 )
 @pytest.mark.parametrize("shape", [(24, 96), (7, 160), (64, 32)], ids=str)
 def test_each_encoding_computes_what_its_plain_twin_does(
@@ -115,6 +118,32 @@ def test_each_encoding_computes_what_its_plain_twin_does(
     expected = expected + np.arange(shape[0])
     assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
     np.testing.assert_allclose(got[-1], np.arange(shape[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-token", "int4-g32", "int4-asym-g32"])
+def test_an_input_factor_is_multiplied_in_before_the_codes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = np.random.default_rng(2).standard_normal((24, 96)).astype(np.float32)
+    scheme = parse_scheme(name)
+    assert scheme is not None
+    detector = OneLayer(weight, scheme)
+    (key,) = detector.codes
+    factor = np.exp(np.linspace(-2, 2, 96)).astype(np.float32)
+    detector.codes[key] = replace(RoundToNearest().quantize(weight / factor, scheme), input_factor=factor)
+    monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: {key: (24, 96)})
+    monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: {key: (24, 96)})
+    graph = one_layer_graph(24, 96)
+    codes_module.fill_weights_(graph, detector, load_target("cpu").encodings)  # type: ignore[arg-type]
+    path = write_graph(graph, tmp_path)[0]
+    ((_, decoded),) = decoded_weights(path)
+    np.testing.assert_array_equal(decoded, detector.codes[key].dequantize())
+    x = outliers(19, 96)
+    got = open_stage(path, graph.spec, {})({"x": x}, ("y",))["y"]
+    plain = {"int8": tensor_product_plain, "int8-token": token_product_plain}.get(name)
+    codes, scale = detector.codes[key].codes, detector.codes[key].scale[:, 0]
+    expected = (plain(x * factor, codes, scale) if plain else x.astype(np.float64) @ decoded.T) + np.arange(24)
+    assert np.linalg.norm(got - expected) <= (1e-5 if plain else 0.03) * np.linalg.norm(expected)
 
 
 def test_one_scale_a_token_survives_outliers_in_other_tokens() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -42,11 +44,52 @@ def token_product_plain(x: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> 
     return out
 
 
-def pack_nibbles_plain(codes: np.ndarray) -> np.ndarray:
-    """Two 4-bit codes a byte, by loops."""
-    packed = np.zeros((codes.shape[0], codes.shape[1] // 2), np.uint8)
+def pack_codes_plain(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of a row one after the other into bytes, by loops."""
+    per_byte = 8 // bits
+    packed = np.zeros((codes.shape[0], -(-codes.shape[1] // per_byte)), np.uint8)
     for row in range(codes.shape[0]):
-        for pair in range(packed.shape[1]):
-            low, high = int(codes[row, 2 * pair]) + 8, int(codes[row, 2 * pair + 1]) + 8
-            packed[row, pair] = low + 16 * high
+        for column in range(codes.shape[1]):
+            unsigned = int(codes[row, column]) + 2 ** (bits - 1)
+            packed[row, column // per_byte] += unsigned * 2 ** (bits * (column % per_byte))
     return packed
+
+
+def range_asymmetric_plain(weight: np.ndarray, bits: int, size: int) -> np.ndarray:
+    """Weights after rounding with a zero point of their own for each group, by loops."""
+    decoded = np.zeros_like(weight)
+    low_code, high_code = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], size):
+            values = weight[row, start : start + size]
+            low, high = min(np.float32(0), values.min()), max(np.float32(0), values.max())
+            scale = np.float32(high / (2**bits - 1) - low / (2**bits - 1)) or np.float32(1)
+            zero = min(max(low_code - round(float(low / scale)), low_code), high_code)
+            for column, value in enumerate(values):
+                code = min(max(round(float(value / scale)) + zero, low_code), high_code)
+                decoded[row, start + column] = (code - zero) * scale
+    return decoded
+
+
+def optimal_rounding_plain(
+    weight: np.ndarray, hessian: np.ndarray, order: list[int], round_column: Callable[[int, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Optimal Brain Surgeon, word for word: round a column, then solve for the best change of all that are left.
+
+    round_column: the number of a column, and its values [out] as they now are → what they are rounded to.
+    """
+    weight = weight.astype(np.float64).copy()
+    for step, column in enumerate(order):
+        rounded = round_column(column, weight)
+        change = rounded - weight[:, column]
+        left = order[step + 1 :]
+        if left:
+            # Of all δ with δ[column] = change, the one that makes δ H δᵀ least.
+            weight[:, left] -= np.outer(change, np.linalg.solve(hessian[np.ix_(left, left)], hessian[left, column]))
+        weight[:, column] = rounded
+    return weight
+
+
+def output_error_plain(weight: np.ndarray, rounded: np.ndarray, inputs: np.ndarray) -> float:
+    """Mean squared change of a layer's outputs on inputs [tokens, in]."""
+    return float(np.mean(np.square(inputs @ (rounded.astype(np.float64) - weight).T)))

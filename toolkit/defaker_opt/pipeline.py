@@ -23,7 +23,7 @@ from defaker_opt.build_facts import input_facts, prompt_facts, write_arrays, wri
 from defaker_opt.catalog import PACKAGE
 from defaker_opt.detector import Detector, load_detector, parameter_shapes, source_digest
 from defaker_opt.errors import BuildError, PassError, SourceError, write_failure
-from defaker_opt.files import read_json_object, write_json
+from defaker_opt.files import default_cache_folder, read_json_object, write_json
 from defaker_opt.passes import Progress
 from defaker_opt.recipe import Recipe, pass_name
 from defaker_opt.runtime.build import (
@@ -40,6 +40,7 @@ from defaker_opt.runtime.build import (
 from defaker_opt.runtime.self_test import expected_outputs
 from defaker_opt.runtime.session import open_session
 from defaker_opt.sample import sample_image
+from defaker_opt.samples import Samples, load_samples
 from defaker_opt.spool import SpooledCodes
 from defaker_opt.stage_build import build_stage
 from defaker_opt.target import Target
@@ -66,6 +67,7 @@ class Job:
     source: str
     detector: Detector
     plan: Mapping[str, Any]
+    samples: Samples | None = None
 
     @property
     def key(self) -> str:
@@ -73,18 +75,25 @@ class Job:
         return hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
 
 
-def plan_job(recipe: Recipe, target: Target, source: str) -> Job:
-    """Open the source and check that the recipe can be carried out. Raises DefakerError before any work is done."""
+def _silent(what: str, fraction: float) -> None:
+    pass
+
+
+def plan_job(recipe: Recipe, target: Target, source: str, progress: Progress = _silent) -> Job:
+    """Open the source, and the pictures if any pass looks at some, and check that the recipe can be carried out.
+
+    Raises DefakerError before any work is done.
+    """
     detector = load_detector(source)
     if detector.config.prompt is None:
         raise SourceError(
             f"{source}/config.json: prompt is missing, so nothing can be asked; set the token ids of the prompts there"
         )
     try:
-        for each in recipe.passes:
-            each.check(detector.config, target)
+        looks = [looks for each in recipe.passes if (looks := each.check(detector.config, target).looks)]
     except PassError as error:
         raise PassError(f"recipe {recipe.name}: {error}") from error
+    samples = _samples(recipe, looks, progress)
     plan = {
         "recipe": {**recipe.as_json(), "source": detector.config.name, "target": target.name},
         "target": target.as_json(),
@@ -93,9 +102,22 @@ def plan_job(recipe: Recipe, target: Target, source: str) -> Job:
             "trained": detector.config.trained,
             "sha256": source_digest(detector),
         },
+        **({"calibration": samples.as_json()} if samples else {}),
         "tools": tool_versions(),
     }
-    return Job(recipe, target, source, detector, plan)
+    return Job(recipe, target, source, detector, plan, samples)
+
+
+def _samples(recipe: Recipe, looks: list[str], progress: Progress) -> Samples | None:
+    """The pictures that passes look at; None where none does. Raises DefakerError."""
+    if not looks:
+        return None
+    if recipe.calibration is None:
+        raise PassError(
+            f"recipe {recipe.name}: {'; '.join(looks)} must look at pictures, and none are named; "
+            "add calibration: embedded, or the path of a CSV table of your own"
+        )
+    return load_samples(recipe.calibration, default_cache_folder(), progress)
 
 
 def tool_versions() -> dict[str, str]:
@@ -186,7 +208,7 @@ def _fill(job: Job, work: Path, progress: Progress) -> dict[str, Any]:
     passes = []
     for index, each in enumerate(job.recipe.passes):
         share = functools.partial(_nested, progress, _PASSES_SHARE * index / len(job.recipe.passes), _PASSES_SHARE)
-        passes.append({pass_name(each): dict(each.apply(detector, share).notes)})
+        passes.append({pass_name(each): dict(each.apply(detector, share, job.samples).notes)})
     write_prompts(detector, content)
     data: dict[str, Any] = {
         "format": FORMAT,

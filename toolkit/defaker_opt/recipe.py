@@ -19,7 +19,7 @@ from defaker_opt.savings import EVERY_SAVING, Savings
 class Recipe:
     """passes: frozen values with an `apply`, in the order they run. savings: leave out work, never results.
 
-    accept: by metric, what `validate` judges by.
+    accept: by metric, what `validate` judges by. calibration: the pictures that methods look at, see `load_samples`.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Recipe:
     passes: tuple[Any, ...]
     savings: Savings = EVERY_SAVING
     accept: Mapping[str, Limit] = field(default_factory=dict)
+    calibration: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The form the manifest keeps: the recipe as it was read, defaults filled in."""
@@ -37,6 +38,7 @@ class Recipe:
             "description": self.description,
             "source": self.source,
             "target": self.target,
+            **({"calibration": self.calibration} if self.calibration else {}),
             "savings": dataclasses.asdict(self.savings),
             "passes": [{pass_name(each): dataclasses.asdict(each)} for each in self.passes],
             "accept": limits_as_json(self.accept),
@@ -51,6 +53,7 @@ class _RecipeFile:
     passes: tuple[dict[str, Any], ...] = ()
     savings: Savings = EVERY_SAVING
     accept: dict[str, Limit] = field(default_factory=dict)
+    calibration: str | None = None
 
     CHECKS: ClassVar[Mapping[str, Callable[[dict[str, Limit]], str | None]]] = {"accept": unknown_metrics}
 
@@ -88,7 +91,16 @@ def parse_recipe(name: str, data: object, file: Path | str) -> Recipe:
     if problems:
         raise ConfigError(file, problems)
     assert isinstance(parsed, _RecipeFile)
-    return Recipe(name, parsed.description, parsed.source, parsed.target, tuple(passes), parsed.savings, parsed.accept)
+    return Recipe(
+        name,
+        parsed.description,
+        parsed.source,
+        parsed.target,
+        tuple(passes),
+        parsed.savings,
+        parsed.accept,
+        parsed.calibration,
+    )
 
 
 def _parse_pass(entry: Mapping[str, Any], where: str, report: strict.Report) -> object:

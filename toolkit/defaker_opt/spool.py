@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from defaker_opt.methods import QuantizedWeight, Scheme, parse_scheme
 
-_CODES, _SCALE = ".codes.npy", ".scale.npy"
+_CODES, _SCALE, _ZERO, _FACTOR = ".codes.npy", ".scale.npy", ".zero.npy", ".factor.npy"
 
 
 class SpooledCodes(MutableMapping[str, QuantizedWeight]):
@@ -32,12 +33,18 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
     def __getitem__(self, name: str) -> QuantizedWeight:
         place = self._place(name, self.schemes[name])
         codes: NDArray[np.int8] = np.load(f"{place}{_CODES}", mmap_mode="r", allow_pickle=False)
-        return QuantizedWeight(codes, np.load(f"{place}{_SCALE}", allow_pickle=False), self.schemes[name])
+        scale = np.load(f"{place}{_SCALE}", allow_pickle=False)
+        zero, factor = (_load_if_there(Path(f"{place}{end}")) for end in (_ZERO, _FACTOR))
+        return QuantizedWeight(codes, scale, self.schemes[name], zero, factor)
 
     def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
         place = self._place(name, weight.scheme)
         # The codes come last: where they are, a weight is complete.
-        for array, end in ((weight.scale, _SCALE), (weight.codes, _CODES)):
+        parts = (weight.zero, _ZERO), (weight.input_factor, _FACTOR), (weight.scale, _SCALE), (weight.codes, _CODES)
+        for array, end in parts:
+            if array is None:
+                Path(f"{place}{end}").unlink(missing_ok=True)
+                continue
             partial = place.with_name(f".{place.name}{end}")
             with partial.open("wb") as stream:
                 np.save(stream, array, allow_pickle=False)
@@ -46,8 +53,8 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
 
     def __delitem__(self, name: str) -> None:
         place = self._place(name, self.schemes.pop(name))
-        for end in (_CODES, _SCALE):
-            Path(f"{place}{end}").unlink()
+        for end in (_CODES, _SCALE, _ZERO, _FACTOR):
+            Path(f"{place}{end}").unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.schemes)
@@ -57,3 +64,10 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
 
     def _place(self, name: str, scheme: Scheme) -> Path:
         return self.folder / f"{name}.{scheme}"
+
+
+def _load_if_there(path: Path) -> NDArray[Any] | None:
+    if not path.is_file():
+        return None
+    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    return array

@@ -41,11 +41,21 @@ def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _blocks(child, f"{prefix}{name}.")
 
 
-def _fill_before(name: str, read: ReadParameter, block: nn.Module, arguments: object) -> None:
+def fill_block_(block: nn.Module, name: str, read: ReadParameter) -> None:
+    """Read all parameters of a block that is called `name` within its module."""
     for inner, _ in list(block.named_parameters()):
         set_parameter_(block, inner, read(f"{name}.{inner}"))
 
 
-def _empty_after(block: nn.Module, arguments: object, result: object) -> None:
+def empty_block_(block: nn.Module) -> None:
+    """Give back the memory of a block's parameters."""
     for inner, parameter in list(block.named_parameters()):
         set_parameter_(block, inner, torch.empty_like(parameter, device="meta"))
+
+
+def _fill_before(name: str, read: ReadParameter, block: nn.Module, arguments: object) -> None:
+    fill_block_(block, name, read)
+
+
+def _empty_after(block: nn.Module, arguments: object, result: object) -> None:
+    empty_block_(block)

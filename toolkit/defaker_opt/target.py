@@ -17,6 +17,7 @@ ENCODINGS = {
     "int8": ("matmul_integer",),
     "int8-token": ("matmul_integer_token",),
     "int4": ("matmul_nbits",),
+    "int2": ("matmul_nbits",),
 }
 
 

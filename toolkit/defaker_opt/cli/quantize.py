@@ -49,7 +49,7 @@ def quantize(
 
         if not dry_run:
             write_source(source or loaded.source, lambda part, total: report("draw weights", part / total))
-        job = plan_job(loaded, aim, source or loaded.source)
+        job = plan_job(loaded, aim, source or loaded.source, report)
         place = output or Path("exported") / f"{job.detector.config.name}-{loaded.name}"
         build = None if dry_run else make_build(job, place, report, replace)
     if build is None:

@@ -4,7 +4,9 @@ matmul                 float32 product; stored transposed, [in, out]
 matmul_integer         activations to uint8 with one scale a call, integer product, back to float;
                        stored as codes [in, out] int8 and scale [out]
 matmul_integer_token   the same with one scale a token, which outliers in other tokens cannot spoil
-matmul_nbits           onnxruntime's blocked 4-bit product; codes packed [out, groups, group / 2], scale [out * groups]
+matmul_nbits           onnxruntime's blocked product of few bits; codes packed [out, groups, group * bits / 8],
+                       scale [out * groups], zero points packed [out * ceil(groups * bits / 8)]
+An input factor [in] of a layer's codes becomes a Mul before it.
 """
 
 from __future__ import annotations
@@ -20,9 +22,6 @@ from numpy.typing import NDArray
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.graph import Graph
 from defaker_opt.methods import QuantizedWeight
-
-# MatMulNBits keeps 4-bit codes unsigned; with no zero point given, this one is understood.
-_NBITS_ZERO = 8
 
 # MatMulNBits: let the kernel round activations to 8 bits by block, which is what makes it faster than float.
 _NBITS_INT8_COMPUTE = 4
@@ -52,6 +51,7 @@ def fill_weights_(graph: Graph, detector: Detector, encodings: dict[str, str]) -
             else:
                 # Looked up anew whenever needed: kept, the codes of all layers would be in memory at once.
                 codes = functools.partial(detector.codes.__getitem__, name)
+                _scale_input_(inner, layer, codes)
                 WRITERS[encodings[codes().scheme.kind]](inner, layer, codes, quantized)
     for name, shape in parameter_shapes(detector.config, stage).items():
         if name in inner.initializers:
@@ -206,27 +206,55 @@ def _constant_(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     return graph.initializers[name]
 
 
+def _scale_input_(graph: ir.Graph, layer: _Layer, codes: _Codes) -> None:
+    """Multiply what a layer reads by its codes' input factor, if they have one."""
+    if codes().input_factor is None:
+        return
+    columns = codes().codes.shape[1]
+    factor = _add_tensor_(
+        graph, f"{layer.name}.factor", (columns,), ir.DataType.FLOAT, lambda: np.asarray(codes().input_factor)
+    )
+    product = ir.node("Mul", [layer.x, factor], name=f"{layer.name}.scale_input")
+    graph.insert_before(layer.node, product)
+    layer.x = product.outputs[0]
+
+
 def _matmul_nbits_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
     rows, columns = codes().codes.shape
-    group_size = codes().scheme.group_size
-    assert group_size is not None
-    groups = columns // group_size
-    shape = (rows, groups, group_size // 2)
+    scheme = codes().scheme
+    assert scheme.group_size is not None
+    groups = columns // scheme.group_size
+    shape = (rows, groups, scheme.group_size * scheme.bits // 8)
     weight = _add_tensor_(
-        graph, f"{layer.name}.codes", shape, ir.DataType.UINT8, lambda: pack_nibbles(codes().codes).reshape(shape)
+        graph,
+        f"{layer.name}.codes",
+        shape,
+        ir.DataType.UINT8,
+        lambda: pack_codes(codes().codes, scheme.bits).reshape(shape),
     )
     scale = _add_tensor_(
         graph, f"{layer.name}.scale", (rows * groups,), ir.DataType.FLOAT, lambda: codes().scale.reshape(-1)
     )
+    inputs = [layer.x, weight, scale]
+    if codes().zero is not None:
+        packed = (rows * -(-groups * scheme.bits // 8),)
+        read = functools.partial(_packed_zero, codes)
+        inputs.append(_add_tensor_(graph, f"{layer.name}.zero", packed, ir.DataType.UINT8, read))
     attributes = {
         "K": columns,
         "N": rows,
-        "bits": 4,
-        "block_size": group_size,
+        "bits": scheme.bits,
+        "block_size": scheme.group_size,
         "accuracy_level": _NBITS_INT8_COMPUTE,
     }
-    product = ir.node("MatMulNBits", [layer.x, weight, scale], attributes, domain="com.microsoft", name=layer.name)
+    product = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=layer.name)
     _replace_(graph, layer, [product], product.outputs[0])
+
+
+def _packed_zero(codes: _Codes) -> NDArray[np.uint8]:
+    zero = codes().zero
+    assert zero is not None
+    return pack_codes(zero, codes().scheme.bits).reshape(-1)
 
 
 # How codes of each encoding that a target may name are written. Weights that stay float have no codes.
@@ -237,13 +265,22 @@ WRITERS: dict[str, Callable[[ir.Graph, _Layer, _Codes, _QuantizedInputs], None]]
 }
 
 
-def pack_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Signed 4-bit codes [out, in] → unsigned pairs [out, in / 2], the even column in the low half."""
-    unsigned = (codes + _NBITS_ZERO).astype(np.uint8)
-    return np.bitwise_or(unsigned[:, 0::2], np.left_shift(unsigned[:, 1::2], 4), dtype=np.uint8)
+def pack_codes(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Signed codes [rows, n] of 2 or 4 bits → bytes [rows, ceil(n * bits / 8)], the first code in the lowest bits.
+
+    They become unsigned, which moves zero to 2^(bits - 1); what is left of a last byte is zero.
+    """
+    per_byte = 8 // bits
+    unsigned = (codes + 2 ** (bits - 1)).astype(np.uint8)
+    filled = np.pad(unsigned, ((0, 0), (0, -codes.shape[1] % per_byte))).reshape(len(codes), -1, per_byte)
+    shifted = np.left_shift(filled, (bits * np.arange(per_byte)).astype(np.uint8))
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(shifted, axis=-1)
+    return packed
 
 
-def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """The inverse of `pack_nibbles`."""
-    unsigned = np.stack((packed & 15, packed >> 4), axis=-1).reshape(packed.shape[0], -1)
-    return unsigned.astype(np.int8) - np.int8(_NBITS_ZERO)
+def unpack_codes(packed: NDArray[np.uint8], bits: int, columns: int) -> NDArray[np.int8]:
+    """The inverse of `pack_codes`, for `columns` codes a row."""
+    shifts = (bits * np.arange(8 // bits)).astype(np.uint8)
+    unsigned = (packed[:, :, None] >> shifts) & (2**bits - 1)
+    signed: NDArray[np.int8] = unsigned.reshape(len(packed), -1)[:, :columns].astype(np.int8) - np.int8(2 ** (bits - 1))
+    return signed

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.graph import Graph
-from defaker_opt.graph.codes import unpack_nibbles
-from defaker_opt.methods import Array
+from defaker_opt.graph.codes import unpack_codes
+from defaker_opt.methods import Array, decode
 
 
 def write_graph(graph: Graph, folder: Path) -> list[Path]:
@@ -27,25 +27,34 @@ def decoded_weights(path: Path) -> Iterator[tuple[str, Array]]:
 
     No more of the file than one weight is held at a time.
     """
-    initializers = ir.load(path).graph.initializers
-    for name in initializers:
+    graph = ir.load(path).graph
+    columns = {node.name: node.attributes["K"].as_int() for node in graph if node.op_type == "MatMulNBits"}
+    for name in graph.initializers:
         weight, _, part = name.rpartition(".")
-        if part == "codes":
-            decoded = _decoded(_array(initializers[name]), _array(initializers[f"{weight}.scale"]))
-            for read in (initializers[name], initializers[f"{weight}.scale"]):
-                if isinstance(read.const_value, ir.ExternalTensor):
-                    read.const_value.release()
-            yield weight, decoded
+        if part != "codes":
+            continue
+        parts = {
+            part: value
+            for part in ("codes", "scale", "zero", "factor")
+            if (value := graph.initializers.get(f"{weight}.{part}")) is not None
+        }
+        decoded = _decoded({part: _array(value) for part, value in parts.items()}, columns.get(weight))
+        for value in parts.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value.release()
+        yield weight, decoded
 
 
-def _decoded(codes: np.ndarray, scale: np.ndarray) -> Array:
-    if codes.dtype == np.int8:
-        whole: Array = codes.T.astype(np.float32) * scale[:, None]
-        return whole
+def _decoded(parts: dict[str, np.ndarray], columns: int | None) -> Array:
+    """columns: of a blocked product, None for a whole one, whose codes are stored [in, out]."""
+    codes, scale, factor = parts["codes"], parts["scale"], parts.get("factor")
+    if columns is None:
+        return decode(codes.T, scale[:, None], None, factor)
     rows, groups = codes.shape[:2]
-    grouped = unpack_nibbles(codes.reshape(rows, -1)).reshape(rows, groups, -1).astype(np.float32)
-    blocked: Array = (grouped * scale.reshape(rows, groups, 1)).reshape(rows, -1)
-    return blocked
+    bits = 8 * codes.size // (rows * columns)
+    whole = unpack_codes(codes.reshape(rows, -1), bits, columns)
+    zero = unpack_codes(parts["zero"].reshape(rows, -1), bits, groups) if "zero" in parts else None
+    return decode(whole, scale.reshape(rows, groups), zero, factor)
 
 
 def check_decoded(path: Path, detector: Detector, stage: str) -> None:

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
-SchemeName = Literal["float", "int8", "int8-token", "int4-g128", "int4-g64", "int4-g32"]
+SchemeName = Literal[
+    "float",
+    "int8",
+    "int8-token",
+    "int4-g128",
+    "int4-g64",
+    "int4-g32",
+    "int4-asym-g128",
+    "int4-asym-g64",
+    "int4-asym-g32",
+    "int2-asym-g32",
+]
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
+
+# What calibration may be asked to collect: "hessian", "shift" and "mean_abs" of `Statistics`.
+Need = Literal["hessian", "shift", "mean_abs"]
 
 # The smallest group a blocked kernel accepts.
 MIN_GROUP = 16
+
+_NAME = re.compile(r"int(?P<bits>\d)(?P<token>-token)?(?P<asym>-asym)?(-g(?P<group>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -25,25 +43,32 @@ class Scheme:
 
     bits: of a code. group_size: how many columns of a row share one scale (None: the whole row).
     activations: "tensor" or "token": what shares one 8-bit scale, found anew at each call. 4-bit products choose for
-    themselves and say "block". Symmetric: zero is exact, codes lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1].
+    themselves and say "block". zero_point: "fixed", zero is the code 0, or "group", each group has its own.
     """
 
     bits: int
     group_size: int | None = None
     activations: str = "tensor"
+    zero_point: Literal["fixed", "group"] = "fixed"
 
     @property
     def kind(self) -> str:
-        """What a target looks its encoding up by: "int8", "int8-token" or "int4"."""
+        """What a target looks its encoding up by: "int8", "int8-token", "int4" or "int2"."""
         return f"int{self.bits}-token" if self.activations == "token" else f"int{self.bits}"
 
     @property
     def largest_code(self) -> int:
-        """The greatest absolute code."""
+        """The greatest code."""
         return int(2 ** (self.bits - 1) - 1)
 
+    @property
+    def smallest_code(self) -> int:
+        """The least code. Blocked products take all 2^bits codes, 8-bit ones the symmetric ones."""
+        return -self.largest_code - (self.activations == "block")
+
     def __str__(self) -> str:
-        return self.kind if self.group_size is None else f"{self.kind}-g{self.group_size}"
+        asymmetric = "-asym" if self.zero_point == "group" else ""
+        return f"{self.kind}{asymmetric}" + ("" if self.group_size is None else f"-g{self.group_size}")
 
     def fitted(self, columns: int) -> Scheme | None:
         """The same scheme with the largest group, a power of two, that divides `columns`; None if there is none."""
@@ -55,36 +80,71 @@ class Scheme:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes of one linear layer's weight. Group g of row r stands for `codes * scale[r, g]`.
+    """Codes of one linear layer's weight. Group g of row r stands for `(codes - zero[r, g]) * scale[r, g]`.
 
-    codes: int8 [out, in] (4-bit codes too, one a byte). scale: float32 [out, groups].
+    codes: int8 [out, in] (codes of fewer bits too, one a byte). scale: float32 [out, groups], not zero, and negative
+    where a group's largest weight is positive and gets the one code more that the negative side has.
+    zero: int8 [out, groups], None if all are 0. input_factor: float32 [in]: the layer multiplies its input by it before
+    it meets the codes; None if by 1.
     """
 
     codes: NDArray[np.int8]
     scale: Array
     scheme: Scheme
+    zero: NDArray[np.int8] | None = None
+    input_factor: Array | None = None
 
     def dequantize(self) -> Array:
-        """The float32 weight [out, in] that the codes stand for."""
-        rows, columns = self.codes.shape
-        grouped = self.codes.reshape(rows, self.scale.shape[1], -1).astype(np.float32)
-        return (grouped * self.scale[:, :, None]).reshape(rows, columns)
+        """The float32 weight [out, in] that stands for codes and input factor."""
+        return decode(self.codes, self.scale, self.zero, self.input_factor)
+
+
+def decode(
+    codes: NDArray[np.int8], scale: Array, zero: NDArray[np.int8] | None = None, factor: Array | None = None
+) -> Array:
+    """The float32 weight [out, in] of codes, see `QuantizedWeight`."""
+    rows, columns = codes.shape
+    grouped = codes.reshape(rows, scale.shape[1], -1).astype(np.float32)
+    if zero is not None:
+        grouped -= zero[:, :, None]
+    weight: Array = (grouped * scale[:, :, None]).reshape(rows, columns)
+    return weight if factor is None else weight * factor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration saw of a linear layer's inputs x [in]; what was not asked for is None. Means are over tokens,
+    by their weight.
+
+    hessian: mean of x xᵀ [in, in]. shift: mean of (x̃ - x) xᵀ [in, in], where x̃ is what the layer is given when nothing
+    before it is quantized. mean_abs: mean of |x| [in]. tokens: how many were seen.
+    """
+
+    tokens: int = 0
+    hessian: Doubles | None = None
+    shift: Doubles | None = None
+    mean_abs: Doubles | None = None
+
+
+NOTHING_SEEN = Statistics()
 
 
 class Method(Protocol):
-    """A way of choosing codes. One frozen class a file, named METHOD there."""
+    """A way of choosing codes. One frozen class a file, named METHOD there; its fields are knobs with defaults."""
 
-    def quantize(self, weight: Array, scheme: Scheme) -> QuantizedWeight:
-        """Quantize weight [out, in] in a scheme whose group size divides its columns."""
+    NEEDS: ClassVar[tuple[Need, ...]]
+
+    def quantize(self, weight: Array, scheme: Scheme, seen: Statistics = NOTHING_SEEN) -> QuantizedWeight:
+        """Quantize weight [out, in] in a scheme whose group size divides its columns; `seen` has all NEEDS."""
         ...
 
 
 def parse_scheme(name: str) -> Scheme | None:
-    """The scheme of that name, None for "float". The name has been checked against SCHEMES."""
+    """The scheme of that name, None for "float". The name has been checked against SCHEMES, or is a fitted one."""
     if name == "float":
         return None
-    kind, _, detail = name.partition("-")
-    bits = int(kind.removeprefix("int"))
-    if detail == "token":
-        return Scheme(bits, activations="token")
-    return Scheme(bits, int(detail.removeprefix("g")), "block") if detail else Scheme(bits)
+    found = _NAME.fullmatch(name)
+    assert found, f"{name} is no scheme"
+    group = int(found["group"]) if found["group"] else None
+    activations = "token" if found["token"] else "block" if group else "tensor"
+    return Scheme(int(found["bits"]), group, activations, "group" if found["asym"] else "fixed")

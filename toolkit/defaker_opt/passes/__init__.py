@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector
+from defaker_opt.samples import Samples
 from defaker_opt.target import Target
 
 # Told what is being done and how much of it is behind us, 0…1.
@@ -23,10 +24,14 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a pass would do: the scheme each linear weight would get, and the reason where it stays float."""
+    """What a pass would do: the scheme each linear weight would get, and the reason where it stays float.
+
+    looks: why pictures are needed for it, "" if they are not.
+    """
 
     schemes: Mapping[str, str]
     reasons: Mapping[str, str]
+    looks: str = ""
 
 
 class Pass(Protocol):
@@ -36,6 +41,6 @@ class Pass(Protocol):
         """Say what would be done. Raises PassError with every reason why it cannot be."""
         ...
 
-    def apply(self, detector: Detector, progress: Progress) -> PassResult:
-        """Change the detector; never the disk."""
+    def apply(self, detector: Detector, progress: Progress, samples: Samples | None = None) -> PassResult:
+        """Change the detector; never the disk. samples: pictures, there if `check` said that they are needed."""
         ...

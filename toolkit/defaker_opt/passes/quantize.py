@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from defaker_opt.catalog import find_module, module_names
 from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.errors import PassError, one_of
-from defaker_opt.methods import Method, Scheme, SchemeName, parse_scheme
+from defaker_opt.methods import NOTHING_SEEN, Method, Need, Scheme, SchemeName, Statistics, parse_scheme
+from defaker_opt.observe.inputs import Balance
+from defaker_opt.observe.sweep import observe_layers
 from defaker_opt.passes import PassResult, Preview, Progress
 from defaker_opt.runtime.spec import STAGES
-from defaker_opt.strict import Invalid
+from defaker_opt.samples import Samples
+from defaker_opt.strict import Invalid, parse
 from defaker_opt.target import Target
 
 
@@ -25,20 +29,43 @@ def _wrong_method(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """`match` is a glob over full weight names, e.g. "language.*"; `method` says how codes are chosen."""
+    """`match` is a glob over full weight names, e.g. "language.*"; `method` says how codes are chosen, `options` are
+    its knobs.
+    """
 
     match: str
     scheme: SchemeName
     method: str = "round_to_nearest"
+    options: dict[str, Any] = field(default_factory=dict)
 
     CHECKS: ClassVar[Mapping[str, Callable[[str], str | None]]] = {"method": _wrong_method}
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        parse(
+            find_module("methods", self.method).METHOD,
+            self.options,
+            "options",
+            lambda where, what: problems.append(f"{where}: {what}"),
+        )
+        if problems:
+            raise Invalid(f"method {self.method}: {'; '.join(problems)}")
+
+    def chooser(self) -> Method:
+        """The method with its knobs."""
+        method: Method = find_module("methods", self.method).METHOD(**self.options)
+        return method
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Every linear layer must match a rule, and every rule must match a layer."""
+    """Every linear layer must match a rule, and every rule must match a layer.
+
+    balance: how tokens of the language stage count where methods look at pictures; all alike if it is not given.
+    """
 
     rules: tuple[Rule, ...]
+    balance: Balance | None = None
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -73,23 +100,45 @@ class Quantize:
         return Preview(
             {name: str(scheme) if scheme else "float" for name, scheme in schemes.items()},
             {**reasons, **_never_quantized(config)},
+            self._looks(weights),
         )
 
-    def apply(self, detector: Detector, progress: Progress) -> PassResult:
+    def apply(self, detector: Detector, progress: Progress, samples: Samples | None = None) -> PassResult:
         """See `Pass`."""
         weights = _all_linear(detector.config)
-        for index, (name, shape) in enumerate(weights.items()):
-            scheme = self._scheme(name, shape)
-            # A run that was killed may have left codes behind, which are what they would be now.
-            if scheme is not None and name not in detector.codes:
-                rule = self._rule(name)
-                assert rule is not None
-                method: Method = find_module("methods", rule.method).METHOD()
-                detector.codes[name] = method.quantize(detector.read(name).numpy(), scheme)
-            progress(f"quantize {name}", (index + 1) / len(weights))
+        done = 0
+        for group in self._groups(detector, weights, samples):
+            for name, seen in group.items():
+                scheme, rule = self._scheme(name, weights[name]), self._rule(name)
+                # A run that was killed may have left codes behind, which are what they would be now.
+                if scheme is not None and name not in detector.codes:
+                    assert rule is not None
+                    original = dataclasses.replace(detector, codes={}).read(name).numpy()
+                    detector.codes[name] = rule.chooser().quantize(original, scheme, seen)
+                done += 1
+                progress(f"quantize {name}", done / len(weights))
         quantized = {name: str(detector.codes[name].scheme) for name in weights if name in detector.codes}
         left = {name: self._why_float(name, shape) for name, shape in weights.items() if name not in quantized}
         return PassResult({"quantized": quantized, "left_in_float": {**left, **_never_quantized(detector.config)}})
+
+    def _groups(
+        self, detector: Detector, weights: Mapping[str, tuple[int, ...]], samples: Samples | None
+    ) -> Iterator[dict[str, Statistics]]:
+        """All linear layers in the order in which they run, with what their methods need to have seen."""
+        if not self._looks(weights):
+            yield dict.fromkeys(weights, NOTHING_SEEN)
+            return
+        assert samples is not None, "check said that pictures are needed"
+        yield from observe_layers(detector, samples, self._needs(weights), self.balance)
+
+    def _needs(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Need, ...]]:
+        rules = {name: self._rule(name) for name, shape in weights.items() if self._scheme(name, shape) is not None}
+        return {name: rule.chooser().NEEDS for name, rule in rules.items() if rule is not None}
+
+    def _looks(self, weights: Mapping[str, tuple[int, ...]]) -> str:
+        needing = [name for name, needs in self._needs(weights).items() if needs]
+        methods = sorted({rule.method for name in needing if (rule := self._rule(name))})
+        return f"{', '.join(methods)} for {len(needing)} layers" if needing else ""
 
     def _rule(self, name: str) -> Rule | None:
         index = self._index(name)

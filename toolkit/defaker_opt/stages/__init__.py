@@ -21,7 +21,13 @@ Read = Callable[[str], torch.Tensor]
 
 
 class StageFile(Protocol):
-    """What each file of this folder offers."""
+    """What each file of this folder offers.
+
+    BLOCKS: the `ModuleList` in the module whose entries are run one after the other, each on the first result of the
+    one before it and on whatever else the first was given; "" if there is none.
+    """
+
+    BLOCKS: str
 
     def spec(self, config: DetectorConfig) -> StageSpec:
         """The stage's tensors by name, type and shape."""

@@ -23,6 +23,9 @@ _LAYERS: dict[str, type[nn.Module]] = {
     "phi3": Phi3DecoderLayer,
 }
 
+# See `StageFile`.
+BLOCKS = "layers"
+
 
 class Language(nn.Module):
     """Decoder layers, final norm, an eight-row verdict head and the projection of the [SEG] state.

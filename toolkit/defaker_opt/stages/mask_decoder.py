@@ -18,6 +18,9 @@ from defaker_opt.stages import Read
 # SAM2 makes 4 masks; with a prompt like ours the first is not used, the best of the others is.
 _FIRST_MASK = 1
 
+# See `StageFile`.
+BLOCKS = ""
+
 
 class MaskDecoder(nn.Module):
     """The two-way transformer, the upscaling, and the choice of the mask with the best predicted IoU."""

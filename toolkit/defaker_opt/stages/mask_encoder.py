@@ -14,6 +14,9 @@ from defaker_opt.runtime.spec import StageSpec, TensorSpec
 from defaker_opt.savings import Savings
 from defaker_opt.stages import Read
 
+# See `StageFile`.
+BLOCKS = "trunk.blocks"
+
 
 class MaskEncoder(nn.Module):
     """Hiera trunk and feature pyramid of SAM2 for still pictures, with the decoder's two 1x1 convolutions in it."""

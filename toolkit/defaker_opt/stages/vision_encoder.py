@@ -13,6 +13,9 @@ from defaker_opt.runtime.spec import StageSpec, TensorSpec
 from defaker_opt.savings import Savings
 from defaker_opt.stages import Read
 
+# See `StageFile`.
+BLOCKS = "tower.encoder.layer"
+
 
 class VisionEncoder(nn.Module):
     """InternViT without a final norm; its class token is dropped, 2x2 patches become one token (pixel shuffle "v2")."""

@@ -12,6 +12,9 @@ from defaker_opt.runtime.spec import VOCABULARY_HEAD, StageSpec, TensorSpec
 from defaker_opt.savings import Savings
 from defaker_opt.stages import Read
 
+# See `StageFile`.
+BLOCKS = ""
+
 
 class VocabularyHead(nn.Module):
     """A logit for every word."""

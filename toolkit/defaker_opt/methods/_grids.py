@@ -1,0 +1,116 @@
+"""Scales and zero points of groups of weights: from their range, or searched for the least error.
+
+Everything works on float32 groups [..., size] at once; a grid has one scale and zero point for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from defaker_opt.methods import Array, Doubles, QuantizedWeight, Scheme
+
+# Ranges that are tried, as shares of the whole one.
+_SHARES = np.linspace(1.0, 0.4, 25, dtype=np.float32)
+
+_TINY = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scale and zero [...], float32; zero is a whole number, 0 in schemes whose zero point is fixed."""
+
+    scale: Array
+    zero: Array
+
+    def column(self, group: int) -> Grid:
+        """Of grids [out, groups], those of one group [out]."""
+        return Grid(self.scale[:, group], self.zero[:, group])
+
+
+def grouped(weight: Array, scheme: Scheme) -> Array:
+    """Weight [out, in] as groups [out, groups, size]."""
+    rows, columns = weight.shape
+    size = scheme.group_size or columns
+    assert columns % size == 0, f"{columns} columns in groups of {size}"
+    return np.asarray(weight, np.float32).reshape(rows, -1, size)
+
+
+def range_grid(values: Array, scheme: Scheme) -> Grid:
+    """The grid on which no value [..., size] is cut off; zeros get scale 1, so that they decode to zeros."""
+    if scheme.zero_point == "fixed":
+        scale = _usable(np.abs(values).max(axis=-1) / np.float32(scheme.largest_code))
+        return Grid(scale, np.zeros_like(scale))
+    return _between(np.minimum(values.min(axis=-1), 0), np.maximum(values.max(axis=-1), 0), scheme)
+
+
+def searched_grid(values: Array, scheme: Scheme, importance: Doubles | None = None) -> Grid:
+    """The grid with the least squared error among those that cut off more and more of the range.
+
+    importance: weight of each error, broadcast against values; None weighs all alike.
+    """
+    best = range_grid(values, scheme)
+    least = _error(values, best, scheme, importance)
+    for candidate in _candidates(values, scheme):
+        error = _error(values, candidate, scheme, importance)
+        better = error < least
+        least = np.where(better, error, least)
+        best = Grid(np.where(better, candidate.scale, best.scale), np.where(better, candidate.zero, best.zero))
+    return best
+
+
+def _candidates(values: Array, scheme: Scheme) -> list[Grid]:
+    if scheme.zero_point == "group":
+        low, high = np.minimum(values.min(axis=-1), 0), np.maximum(values.max(axis=-1), 0)
+        return [_between(low * share, high * share, scheme) for share in _SHARES]
+    place = np.abs(values).argmax(axis=-1, keepdims=True)
+    largest = np.take_along_axis(values, place, axis=-1)[..., 0]
+    zero = np.zeros_like(largest)
+    symmetric = [Grid(_usable(np.abs(largest) * share / scheme.largest_code), zero) for share in _SHARES]
+    if scheme.smallest_code == -scheme.largest_code:
+        return symmetric
+    # The negative side has one code more; a scale of the right sign gives it to the largest weight.
+    return symmetric + [Grid(_usable(largest * share / scheme.smallest_code), zero) for share in _SHARES]
+
+
+def _between(low: Array, high: Array, scheme: Scheme) -> Grid:
+    steps = scheme.largest_code - scheme.smallest_code
+    # Halves, because the whole range of large weights is no float32.
+    scale = _usable((high / steps - low / steps).astype(np.float32))
+    zero = np.clip(scheme.smallest_code - np.rint(low / scale), scheme.smallest_code, scheme.largest_code)
+    return Grid(scale, zero.astype(np.float32))
+
+
+def _usable(scale: Array) -> Array:
+    """Below the smallest normal number a scale loses bits or becomes zero, and codes would overflow."""
+    kept: Array = np.where(np.abs(scale) < _TINY, np.float32(1), scale).astype(np.float32)
+    return kept
+
+
+def _error(values: Array, grid: Grid, scheme: Scheme, importance: Doubles | None) -> Doubles:
+    # Relative to the largest value, so that no square overflows.
+    largest = np.maximum(np.abs(values).max(axis=-1, keepdims=True), _TINY)
+    squared = np.square(((decoded(codes_on(values, grid, scheme), grid) - values) / largest).astype(np.float64))
+    total: Doubles = (squared if importance is None else squared * importance).sum(axis=-1)
+    return total
+
+
+def codes_on(values: Array, grid: Grid, scheme: Scheme) -> Array:
+    """The nearest codes of values [..., size], float32 whole numbers."""
+    codes = np.rint(values / grid.scale[..., None]) + grid.zero[..., None]
+    kept: Array = np.clip(codes, scheme.smallest_code, scheme.largest_code)
+    return kept
+
+
+def decoded(codes: Array, grid: Grid) -> Array:
+    """What codes [..., size] stand for."""
+    values: Array = (codes - grid.zero[..., None]) * grid.scale[..., None]
+    return values
+
+
+def as_weight(codes: Array, grid: Grid, scheme: Scheme) -> QuantizedWeight:
+    """Codes [out, groups, size] and their grids [out, groups] as one weight."""
+    zero = None if scheme.zero_point == "fixed" else grid.zero.astype(np.int8)
+    whole = codes.reshape(len(codes), -1).astype(np.int8)
+    return QuantizedWeight(whole, np.ascontiguousarray(grid.scale, np.float32), scheme, zero)

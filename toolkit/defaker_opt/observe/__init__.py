@@ -1,0 +1,114 @@
+"""What quantization methods want to know of a layer's inputs, collected on pictures through the joint model.
+
+Stage after stage, block after block: each layer is given what the layers before it, already quantized, make of the
+pictures. Activations stay float32 here; how backends round them belongs to an encoding, not to a weight's codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from defaker_opt.methods import Need, Statistics
+
+# Layers by their full names.
+Layers = Mapping[str, nn.Module]
+
+
+@dataclass
+class Sums:
+    """Running sums over tokens of one layer's inputs, in float64."""
+
+    needs: Collection[Need]
+    tokens: int = 0
+    weight: float = 0.0
+    hessian: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    absolute: torch.Tensor | None = None
+
+    def add_(self, x: torch.Tensor, before: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        """x, before [tokens, in], weights [tokens], None for 1 each; `before` is x when nothing was quantized."""
+        self.tokens += len(x)
+        self.weight += len(x) if weights is None else float(weights.sum())
+        weighted = x if weights is None else x * weights[:, None]
+        if "hessian" in self.needs:
+            self.hessian = _sum(self.hessian, weighted.T @ x)
+        if "shift" in self.needs:
+            assert before is not None
+            self.shift = _sum(self.shift, (before - x).T @ weighted)
+        if "mean_abs" in self.needs:
+            self.absolute = _sum(self.absolute, weighted.abs().sum(dim=0))
+
+    def statistics(self) -> Statistics:
+        """The means so far."""
+        assert self.weight > 0, "no token with a weight was seen"
+        means = (None if s is None else (s / self.weight).numpy() for s in (self.hessian, self.shift, self.absolute))
+        return Statistics(self.tokens, *means)
+
+
+def _sum(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+    return more.double() if total is None else total.add_(more)
+
+
+@dataclass
+class Collector:
+    """Sums for each layer that needs any. Layers that are always given one and the same tensor share their sums."""
+
+    needs: Mapping[str, Collection[Need]]
+    sums: dict[str, Sums] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def wants_before(self) -> bool:
+        """Whether any layer needs what it would be given if nothing was quantized."""
+        return any("shift" in needs for needs in self.needs.values())
+
+    def add_(
+        self,
+        seen: Mapping[str, list[torch.Tensor]],
+        before: Mapping[str, list[torch.Tensor]],
+        weights: torch.Tensor | None,
+    ) -> None:
+        """Add what layers were given in one call of their block, and what in the same call when nothing was quantized.
+
+        weights: one for each token [tokens]; a layer that is given another number of tokens weighs all alike.
+        """
+        first: dict[tuple[int, ...], str] = {}
+        for name, tensors in seen.items():
+            key = (*map(id, tensors), hash(tuple(sorted(self.needs[name]))))
+            owner = first.setdefault(key, name)
+            if self.shared.setdefault(name, owner) != name:
+                continue
+            sums = self.sums.setdefault(name, Sums(self.needs[name]))
+            earlier = before.get(name, [None] * len(tensors))
+            for tensor, other in zip(tensors, earlier, strict=True):
+                x = tensor.reshape(-1, tensor.shape[-1])
+                fitting = weights if weights is not None and len(weights) == len(x) else None
+                sums.add_(x, None if other is None else other.reshape(x.shape), fitting)
+
+    def statistics(self, name: str) -> Statistics:
+        """What was seen of a layer."""
+        return self.sums[self.shared[name]].statistics()
+
+
+@contextmanager
+def recorded(layers: Layers) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """While it is open, every input of the layers is put into the lists it gives."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def hook(name: str) -> object:
+        def note(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            seen.setdefault(name, []).append(given[0])
+
+        return note
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]  # type: ignore[arg-type]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
