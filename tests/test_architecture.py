@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors"},
     {"catalog", "strict"},
-    {"runtime"},
+    {"runtime", "device"},
     {"files", "config", "target", "methods", "statistics", "savings", "limits"},
     {"recipe", "weights", "shards", "sample", "forgery", "spool", "streaming"},
     {"stages", "benchmarks", "presets", "checkpoint"},

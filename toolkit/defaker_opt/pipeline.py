@@ -42,7 +42,7 @@ from defaker_opt.runtime.session import open_session
 from defaker_opt.sample import sample_image
 from defaker_opt.spool import SpooledCodes
 from defaker_opt.stage_build import build_stage
-from defaker_opt.target import Target
+from defaker_opt.target import Target, require_backend
 
 _PASSES_SHARE = 0.1
 # Beside the build's own files, the folder for unfinished work has the job's key, the codes of quantized weights, and a
@@ -75,6 +75,7 @@ class Job:
 
 def plan_job(recipe: Recipe, target: Target, source: str) -> Job:
     """Open the source and check that the recipe can be carried out. Raises DefakerError before any work is done."""
+    require_backend(target)
     detector = load_detector(source)
     if detector.config.prompt is None:
         raise SourceError(
