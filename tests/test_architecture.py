@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors"},
     {"catalog", "strict"},
-    {"runtime", "device"},
+    {"runtime", "device", "machine"},
     {"files", "config", "target", "methods", "statistics", "savings", "limits"},
     {"recipe", "weights", "shards", "sample", "forgery", "spool", "streaming"},
     {"stages", "benchmarks", "presets", "checkpoint"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"sources", "graph"},
     {"passes", "convert", "stage_build", "build_facts"},
     {"pipeline", "training"},
-    {"preview", "drift"},
+    {"preview", "drift", "doctor"},
     {"report"},
     {"cli"},
     {"__main__"},
