@@ -28,6 +28,7 @@ LAYERS = (
     {"pipeline", "training"},
     {"preview", "drift", "doctor"},
     {"report"},
+    {"profiles"},
     {"cli"},
     {"__main__"},
 )

@@ -38,8 +38,8 @@ class Operator:
 class Backend(Protocol):
     """What a backend module offers.
 
-    One that can tell where time goes also has `trace_stage(file, spec, options, calls, repeat)`: each call, that is the
-    input arrays and the names of the outputs, is run in turn, `repeat` times over; returns the operators of all runs.
+    One that can tell where time goes also has `trace_stage(file, spec, options, calls, repeat)`: each call, that is its
+    input arrays and the names of its outputs, is run in turn, `repeat` times over; returns the operators of all runs.
     """
 
     def open_stage(self, file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:
