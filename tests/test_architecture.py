@@ -27,7 +27,7 @@ LAYERS = (
     {"passes", "convert", "stage_build", "build_facts"},
     {"pipeline", "training"},
     {"preview", "drift", "doctor"},
-    {"report"},
+    {"report", "planning"},
     {"profiles"},
     {"cli"},
     {"__main__"},

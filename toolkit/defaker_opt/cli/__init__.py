@@ -15,6 +15,7 @@ import typer
 from defaker_opt import __version__
 from defaker_opt.cli.convert import convert
 from defaker_opt.cli.doctor import doctor
+from defaker_opt.cli.plan import plan
 from defaker_opt.cli.profile import profile
 from defaker_opt.cli.quantize import quantize
 from defaker_opt.cli.run import run
@@ -37,6 +38,7 @@ app.command()(show)
 app.command()(train)
 app.command()(validate)
 app.command()(profile)
+app.command()(plan)
 app.command()(doctor)
 
 

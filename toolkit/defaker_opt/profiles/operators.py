@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,7 @@ from typing import Any
 
 from defaker_opt.profiles.measure import Call
 from defaker_opt.runtime import Session
-from defaker_opt.runtime.backends import Operator, find_backend
-from defaker_opt.runtime.clock import Clock
+from defaker_opt.runtime.backends import Trace, find_backend
 
 # What a graph's writer appends to the name of a weight, for the nodes that its encoding takes.
 _QUANTIZE_SUFFIXES = (
@@ -42,11 +41,10 @@ class OperatorTime:
 
 @dataclass(frozen=True)
 class StageOperators:
-    """operators: the costliest first. stage_ms: the same calls without a trace, before and after the traced ones.
+    """operators: the costliest first; medians, as a single run is easily disturbed. categories: their sums by purpose.
 
-    Both are of the fastest of several repetitions, as the machine may have done something else during the others.
-    categories: milliseconds an image by category. covered: the operators' share of stage_ms; tracing itself takes some
-    microseconds an operator, so it may be above 1 where a stage has many small ones.
+    covered: share of the traced runs' own time that is inside operators; the rest is between them, where the trace
+    itself writes for some microseconds an operator. stage_ms: operators and what is between them, an image.
     """
 
     stage: str
@@ -54,6 +52,11 @@ class StageOperators:
     operators: tuple[OperatorTime, ...]
     categories: Mapping[str, float]
     covered: float
+
+    @property
+    def between_ms(self) -> float:
+        """Milliseconds an image that are in no operator."""
+        return self.stage_ms - sum(self.categories.values())
 
 
 def measure_operators(session: Session, calls: Sequence[Call], repeat: int) -> tuple[StageOperators, ...]:
@@ -63,49 +66,33 @@ def measure_operators(session: Session, calls: Sequence[Call], repeat: int) -> t
         return ()
     results = []
     for stage in dict.fromkeys(call.stage for call in calls):
-        own = [call for call in calls if call.stage == stage]
+        own = [(call.tensors, call.outputs) for call in calls if call.stage == stage]
         file = session.build.folder / f"{stage}.onnx"
-        given = [(call.tensors, call.outputs) for call in own]
-        before = _untraced(session, own, repeat)
-        operators = backend.trace_stage(file, session.spec(stage), session.options(), given, repeat)
-        after = _untraced(session, own, repeat)
-        results.append(summarize_operators(stage, operators, len(own), min(before + after)))
+        trace = backend.trace_stage(file, session.spec(stage), session.options(), own, repeat)
+        results.append(summarize_operators(stage, trace, len(own)))
     return tuple(results)
 
 
-def _untraced(session: Session, calls: Sequence[Call], repeat: int) -> list[float]:
-    """Milliseconds of all calls of a stage, `repeat` times, after one that is not counted."""
-    times = []
-    for _ in range(repeat + 1):
-        started = time.perf_counter()
-        for call in calls:
-            session.run(call.stage, call.tensors, Clock(), call.outputs)
-        times.append((time.perf_counter() - started) * 1e3)
-    return times[1:]
-
-
-def summarize_operators(stage: str, operators: Sequence[Operator], calls: int, stage_ms: float) -> StageOperators:
-    """The operators of the repetition that was disturbed least, added up by module and kind."""
-    spent: dict[int, float] = defaultdict(float)
-    for each in operators:
-        spent[each.run // calls] += each.milliseconds
-    fastest = min(spent, key=lambda repetition: spent[repetition])
+def summarize_operators(stage: str, trace: Trace, calls: int) -> StageOperators:
+    """Add up each node's median over the repetitions, by module and kind."""
+    repeat = len(trace.run_ms) // calls
+    times: dict[tuple[int, str, str], list[float]] = defaultdict(list)
+    for each in trace.operators:
+        times[each.run % calls, each.name, each.kind].append(each.milliseconds)
     totals: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for each in operators:
-        if each.run // calls == fastest:
-            key = (module_of(each.name, stage), each.kind, category_of(each.name, each.kind))
-            totals[key].append(each.milliseconds)
-    rows = [
-        OperatorTime(stage, module, kind, category, len(values), sum(values))
-        for (module, kind, category), values in totals.items()
-    ]
+    counts: dict[tuple[str, str, str], int] = defaultdict(int)
+    for (_, name, kind), samples in times.items():
+        key = (module_of(name, stage), kind, category_of(name, kind))
+        # The runtime's own nodes may share a name within one run.
+        counts[key] += len(samples) // repeat
+        totals[key].append(statistics.median(samples) * (len(samples) // repeat))
+    rows = [OperatorTime(stage, *key, counts[key], sum(values)) for key, values in totals.items()]
     rows.sort(key=lambda row: -row.milliseconds)
     categories: dict[str, float] = defaultdict(float)
     for row in rows:
         categories[row.category] += row.milliseconds
-    return StageOperators(
-        stage, stage_ms, tuple(rows), dict(categories), spent[fastest] / stage_ms if stage_ms else 0.0
-    )
+    covered = sum(each.milliseconds for each in trace.operators) / sum(trace.run_ms)
+    return StageOperators(stage, sum(categories.values()) / covered, tuple(rows), dict(categories), covered)
 
 
 def module_of(name: str, stage: str) -> str:

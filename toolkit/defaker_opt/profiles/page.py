@@ -7,7 +7,7 @@ from html import escape
 
 from defaker_opt.profiles.profile import Profile
 from defaker_opt.profiles.svg import categories_plot, roofline_plot, samples_plot, waterfall
-from defaker_opt.profiles.table import fact_lines, ratio_words
+from defaker_opt.profiles.table import difference_words, fact_lines, ratio_words
 from defaker_opt.report.style import STYLE
 from defaker_opt.runtime.spec import STAGES
 
@@ -85,7 +85,7 @@ def _comparison(profile: Profile) -> Iterator[str]:
             f"{each.first_ms:.2f}",
             f"{each.second_ms:.2f}",
             ratio_words(each.ratio),
-            f"{each.difference_ms:+.2f} ({each.low_ms:+.2f} … {each.high_ms:+.2f})",
+            difference_words(each),
             '<span class="tag undecided">changed</span>' if each.sure else "",
         )
         for each in (found.total, *found.stages)
@@ -132,8 +132,10 @@ def _operators(profile: Profile) -> Iterator[str]:
         for row in rows[:_MOST_OPERATORS]
     ]
     yield _table(("module of the source", "operator", "for", "calls", "ms an image"), cells)
-    covered = ", ".join(f"{stage.stage} {stage.covered:.0%} of {stage.stage_ms:.2f} ms" for stage in profile.operators)
-    yield f"<p><small>All operators together are {escape(covered)} without a trace.</small></p></section>"
+    between = ", ".join(
+        f"{stage.stage} {stage.between_ms:.2f} of {stage.stage_ms:.2f} ms" for stage in profile.operators
+    )
+    yield f"<p><small>In no operator, the trace's own work included: {escape(between)}.</small></p></section>"
 
 
 def _ending(profile: Profile) -> Iterator[str]:

@@ -183,10 +183,10 @@ def roofline_plot(rows: Sequence[StageRoofline], peaks: Peaks) -> str:
             yield _text(right, place(knee, rate)[1] - 4, f"{kind} {rate / 1e9:.0f} GFLOP/s", "end", size=11)
             foot = max(10.0**low_x, 10.0**low_y / peaks.bandwidth)
             yield _line(*place(foot, foot * peaks.bandwidth), *place(knee, knee * peaks.bandwidth), "#111827", 1.4)
-        for name, x, y in points:
+        for index, (name, x, y) in enumerate(points):
             cx, cy = place(x, y)
             yield f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{_color(name)}"/>'
-            yield _text(cx - 8, cy + 4, name, "end", _color(name))
+            yield _text(cx - 8, cy + (13 if index % 2 else -5), name, "end", _color(name))
         yield _text(right, bottom + 30, "operations a byte that must move; upward: GFLOP/s", "end", "#475569", 11)
 
     return _svg("roofline", bottom + 36, draw())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rich.table import Table
 
-from defaker_opt.profiles.compare import Diff
+from defaker_opt.profiles.compare import Change, Diff
 from defaker_opt.profiles.profile import Profile
 from defaker_opt.profiles.ratios import Ratio
 
@@ -88,7 +89,16 @@ def fact_lines(profile: Profile) -> Iterator[str]:
 
 def ratio_words(ratio: Ratio) -> str:
     """Value and interval."""
+    if not math.isfinite(ratio.high):
+        return f"{ratio.value:.3f} (too few samples)"
     return f"{ratio.value:.3f} ({ratio.low:.3f} … {ratio.high:.3f})"
+
+
+def difference_words(change: Change) -> str:
+    """Milliseconds and their interval."""
+    if not math.isfinite(change.high_ms):
+        return f"{change.difference_ms:+.2f} (too few samples)"
+    return f"{change.difference_ms:+.2f} ({change.low_ms:+.2f} … {change.high_ms:+.2f})"
 
 
 def _comparison(profile: Profile) -> Table:
@@ -99,8 +109,7 @@ def _comparison(profile: Profile) -> Table:
     for column in ("stage", "ms", "other ms", "ratio (95 %)", "difference ms", "sure"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for each in (profile.comparison.total, *profile.comparison.stages):
-        words = f"{each.difference_ms:+.2f} ({each.low_ms:+.2f} … {each.high_ms:+.2f})"
-        cells = (f"{each.first_ms:.2f}", f"{each.second_ms:.2f}", ratio_words(each.ratio), words)
+        cells = (f"{each.first_ms:.2f}", f"{each.second_ms:.2f}", ratio_words(each.ratio), difference_words(each))
         table.add_row(each.stage, *cells, "yes" if each.sure else "")
     return table
 
@@ -114,10 +123,9 @@ def _operators(profile: Profile) -> Table:
         table.add_row(row.module, row.kind, row.category, str(row.calls), f"{row.milliseconds:.2f}")
     table.add_section()
     for stage in profile.operators:
-        parts = ", ".join(
-            f"{name} {ms:.2f}" for name, ms in sorted(stage.categories.items(), key=lambda each: -each[1])
-        )
-        table.add_row(stage.stage, "", parts, "", f"{stage.covered:.0%} of {stage.stage_ms:.2f}")
+        shares = {**stage.categories, "between operators": stage.between_ms}
+        parts = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(shares.items(), key=lambda each: -each[1]))
+        table.add_row(stage.stage, "", parts, "", f"{stage.stage_ms:.2f}")
     return table
 
 

@@ -35,11 +35,19 @@ class Operator:
     milliseconds: float
 
 
+@dataclass(frozen=True)
+class Trace:
+    """run_ms: milliseconds of each run as a whole, with the trace's own work. operators: of all runs."""
+
+    run_ms: tuple[float, ...]
+    operators: tuple[Operator, ...]
+
+
 class Backend(Protocol):
     """What a backend module offers.
 
     One that can tell where time goes also has `trace_stage(file, spec, options, calls, repeat)`: each call, that is its
-    input arrays and the names of its outputs, is run in turn, `repeat` times over; returns the operators of all runs.
+    input arrays and the names of its outputs, is run in turn, `repeat` times over; returns a Trace of all runs.
     """
 
     def open_stage(self, file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from defaker_opt.errors import BuildError
-from defaker_opt.runtime.backends import OpenStage, Operator, Tensors, check_input
+from defaker_opt.runtime.backends import OpenStage, Operator, Tensors, Trace, check_input
 from defaker_opt.runtime.spec import StageSpec
 
 _LOG_ERRORS_ONLY = 3
@@ -53,7 +53,7 @@ def trace_stage(
     options: Mapping[str, Any],
     calls: Sequence[tuple[Tensors, tuple[str, ...]]],
     repeat: int,
-) -> tuple[Operator, ...]:
+) -> Trace:
     """See `Backend`. The first round warms up and is not returned; run numbers count the calls of later rounds."""
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(options)
@@ -65,16 +65,17 @@ def trace_stage(
                 check_input(spec, tensors)
                 session.run(list(outputs), dict(tensors), run_options)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return tuple(_operators(events, skip=len(calls)))
+    runs = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")
+    operators = _operators(events, [began + took for began, took in runs], skip=len(calls))
+    return Trace(tuple(took / 1e3 for _, took in runs[len(calls) :]), tuple(operators))
 
 
-def _operators(events: Sequence[Mapping[str, Any]], skip: int) -> Iterator[Operator]:
-    """Sort the nodes' events into the runs during which they happened."""
-    runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == "model_run")
+def _operators(events: Sequence[Mapping[str, Any]], ends: Sequence[int], skip: int) -> Iterator[Operator]:
+    """Sort the nodes' events into the runs during which they happened, by when each run ended."""
     nodes = sorted((event for event in events if event.get("cat") == "Node"), key=lambda event: event["ts"])
     run = 0
     for node in nodes:
-        while node["ts"] > runs[run][1]:
+        while node["ts"] > ends[run]:
             run += 1
         if run >= skip:
             name = node["name"].removesuffix("_kernel_time")
