@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors"},
     {"catalog", "strict"},
-    {"runtime"},
+    {"runtime", "device", "machine"},
     {"files", "config", "target", "methods", "statistics", "savings", "limits"},
     {"recipe", "weights", "shards", "sample", "forgery", "spool", "streaming"},
     {"stages", "benchmarks", "presets", "checkpoint"},
@@ -26,8 +26,9 @@ LAYERS = (
     {"sources", "graph", "observe"},
     {"passes", "convert", "stage_build", "build_facts"},
     {"pipeline", "training"},
-    {"preview", "drift"},
-    {"report"},
+    {"preview", "drift", "doctor"},
+    {"report", "planning"},
+    {"profiles"},
     {"cli"},
     {"__main__"},
 )

@@ -43,7 +43,7 @@ from defaker_opt.sample import sample_image
 from defaker_opt.samples import Samples, load_samples
 from defaker_opt.spool import SpooledCodes
 from defaker_opt.stage_build import build_stage
-from defaker_opt.target import Target
+from defaker_opt.target import Target, require_backend
 
 _PASSES_SHARE = 0.1
 # Beside the build's own files, the folder for unfinished work has the job's key, the codes of quantized weights, and a
@@ -84,6 +84,7 @@ def plan_job(recipe: Recipe, target: Target, source: str, progress: Progress = _
 
     Raises DefakerError before any work is done.
     """
+    require_backend(target)
     detector = load_detector(source)
     if detector.config.prompt is None:
         raise SourceError(

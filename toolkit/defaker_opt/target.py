@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from defaker_opt import strict
 from defaker_opt.catalog import find_yaml, module_names
-from defaker_opt.errors import ConfigError, one_of
+from defaker_opt.device import FORMATS_OF, Device
+from defaker_opt.errors import ConfigError, DefakerError, one_of
 
 # For each kind of code, the ways of writing it into a graph; `graph/codes.py` says what each is.
 ENCODINGS = {
@@ -19,6 +20,9 @@ ENCODINGS = {
     "int4": ("matmul_nbits",),
     "int2": ("matmul_nbits",),
 }
+
+# Backends that targets may name for planning before this version can run them.
+PLANNED_BACKENDS = ("tensor_rt", "onnx_runtime_web")
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,46 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """`encodings` says, for each kind of code the target can run, how it is written; a kind it lacks it cannot run."""
+    """`encodings` says, for each kind of code the target can run, how it is written; a kind it lacks it cannot run.
+
+    `device` has the facts of a kind of machine, for planning; none for "the machine this runs on". A target whose
+    backend is only planned has no encodings, and no builds.
+    """
 
     name: str
     description: str
     backend: str
     encodings: dict[str, str]
     session: SessionOptions = SessionOptions()
+    device: Device | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The form the manifest keeps."""
-        return dataclasses.asdict(self)
+        """The form the manifest keeps: what decides a build's bytes. A corrected fact of a device changes no build."""
+        data = dataclasses.asdict(self)
+        del data["device"]
+        return data
+
+    @property
+    def available(self) -> bool:
+        """Whether this version has the backend."""
+        return self.backend in module_names("runtime.backends")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of code it can run; with a planned backend, those that the device has a rate for."""
+        if self.available or self.device is None:
+            return tuple(self.encodings)
+        return tuple(kind for kind in FORMATS_OF if self.device.best_format(kind))
+
+
+def require_backend(target: Target) -> None:
+    """Raise DefakerError if this version cannot make or run builds for the target."""
+    if not target.available:
+        raise DefakerError(
+            f"target {target.name}: backend {target.backend} is not available in this version, which has "
+            f"{', '.join(module_names('runtime.backends'))}; it can be planned for: "
+            f"defaker-opt plan --target {target.name}"
+        )
 
 
 def load_target(name: str) -> Target:
@@ -78,9 +111,15 @@ def load_target(name: str) -> Target:
 def _check_names(data: Mapping[str, Any], report: strict.Report) -> None:
     backends = module_names("runtime.backends")
     backend, encodings = data.get("backend"), data.get("encodings")
-    if isinstance(backend, str) and backend not in backends:
-        report("backend", one_of(backend, backends))
+    if isinstance(backend, str) and backend not in (*backends, *PLANNED_BACKENDS):
+        report("backend", one_of(backend, [*backends, *PLANNED_BACKENDS]))
     if not isinstance(encodings, Mapping):
+        return
+    if backend in PLANNED_BACKENDS and backend not in backends:
+        if encodings:
+            report("encodings", f"must be empty: {{}}, as this version has no backend {backend} to write them for")
+        if "device" not in data:
+            report("device", f"missing; a target with the planned backend {backend} has nothing else to plan with")
         return
     for kind, encoding in encodings.items():
         if kind not in ENCODINGS:

@@ -14,6 +14,9 @@ import typer
 
 from defaker_opt import __version__
 from defaker_opt.cli.convert import convert
+from defaker_opt.cli.doctor import doctor
+from defaker_opt.cli.plan import plan
+from defaker_opt.cli.profile import profile
 from defaker_opt.cli.quantize import quantize
 from defaker_opt.cli.run import run
 from defaker_opt.cli.show import show
@@ -34,6 +37,9 @@ app.command()(convert)
 app.command()(show)
 app.command()(train)
 app.command()(validate)
+app.command()(profile)
+app.command()(plan)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:

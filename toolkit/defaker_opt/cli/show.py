@@ -12,9 +12,9 @@ import typer
 
 from defaker_opt.errors import DefakerError, one_of
 
-_YAML = {"recipes": "recipes", "targets": "profiling/targets"}
+_YAML = {"recipes": "recipes"}
 _MODULES = {"methods": "methods", "passes": "passes", "backends": "runtime.backends", "sources": "sources"}
-_PRESETS = "presets"
+_PRESETS, _TARGETS = "presets", "targets"
 
 
 def show(
@@ -43,6 +43,8 @@ def _names(what: str) -> Iterator[dict[str, Any]]:
             parsed = strict.read_yaml(path)
             assert isinstance(parsed, dict)
             yield {"name": name, "description": parsed["description"]}
+    elif what == _TARGETS:
+        yield from _targets()
     elif what == _PRESETS:
         from defaker_opt.presets import preset_names
 
@@ -51,7 +53,17 @@ def _names(what: str) -> Iterator[dict[str, Any]]:
     elif what in _MODULES:
         yield from ({"name": name} for name in catalog.module_names(_MODULES[what]))
     else:
-        raise DefakerError(f"show {one_of(what, [*_YAML, *_MODULES, _PRESETS, 'benchmarks'])}")
+        raise DefakerError(f"show {one_of(what, [*_YAML, *_MODULES, _PRESETS, _TARGETS, 'benchmarks'])}")
+
+
+def _targets() -> Iterator[dict[str, Any]]:
+    from defaker_opt import catalog
+    from defaker_opt.target import load_target
+
+    for name in catalog.yaml_names("profiling/targets"):
+        target = load_target(name)
+        unverified = list(target.device.unverified()) if target.device else []
+        yield {**dataclasses.asdict(target), "available": target.available, "unverified": unverified}
 
 
 def _benchmarks(data: Path | None) -> Iterator[dict[str, Any]]:
@@ -65,6 +77,8 @@ def _benchmarks(data: Path | None) -> Iterator[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
+    if "available" in row:
+        return _target_lines(row)
     if "description" in row:
         return f"{row['name']:{32 if row['name'].endswith(':random') else 12}} {row['description']}"
     if "title" not in row:
@@ -72,6 +86,20 @@ def _line(row: dict[str, Any]) -> str:
     about = f"{row['name']:24} {'/'.join(row['domains']):9} {row['title']}"
     facts = f"{'':24} {', '.join(row['metrics'])}; licence: {row['licence']}"
     return "\n".join([about, facts, *_presence_lines(row.get("presence"))])
+
+
+def _target_lines(row: dict[str, Any]) -> str:
+    lines = [f"{row['name']:22} {row['description']}"]
+    device = row["device"]
+    if device:
+        peaks = ", ".join(f"{name} {fact['value']:g}" for name, fact in device["peaks"].items())
+        facts = f"{device['memory']['value']:g} GB, {device['bandwidth']['value']:g} GB/s"
+        lines.append(f"{'':22} {facts}, 10¹² operations a second: {peaks}")
+    if not row["available"]:
+        lines.append(f"{'':22} backend {row['backend']}, not in this version: for planning only")
+    if row["unverified"]:
+        lines.append(f"{'':22} unverified: {', '.join(row['unverified'])}")
+    return "\n".join(lines)
 
 
 def _presence_lines(presence: dict[str, Any] | None) -> list[str]:

@@ -44,7 +44,7 @@ def export_stage(detector: Detector, stage: str) -> Graph:
     assert program is not None
     model = program.model
     _name_parameters_(model, stage, list(parameter_shapes(detector.config, stage)))
-    simplify_(model, set(parameter_shapes(detector.config, stage)))
+    simplify_(model, stage, set(parameter_shapes(detector.config, stage)))
     _set_shapes_(model, spec)
     return Graph(spec, model)
 

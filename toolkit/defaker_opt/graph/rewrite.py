@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+
 import onnx_ir as ir
 from onnxscript import optimizer
 
+# What the exporter notes of each node: the modules it came from, outermost first, and the operation, as a Python list.
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
-def simplify_(model: ir.Model, parameters: set[str]) -> None:
+
+def simplify_(model: ir.Model, stage: str, parameters: set[str]) -> None:
     """Fold constants, drop what is unused and what the tracer wrote for debugging.
 
     While it works, parameters are graph inputs: they have no values yet, so nothing may be computed from them.
@@ -22,7 +27,16 @@ def simplify_(model: ir.Model, parameters: set[str]) -> None:
         graph.inputs.remove(value)
         value.const_value = placeholder
         graph.initializers.add(value)
+    _name_nodes_(model, stage)
     _strip_(model)
+
+
+def _name_nodes_(model: ir.Model, stage: str) -> None:
+    """Call each node `<module>/<operator>_<number>`, so that a runtime's profile says which module its time went to."""
+    for number, node in enumerate(model.graph):
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        module = ".".join(filter(None, (stage, scopes[-2] if len(scopes) > 1 else "")))
+        node.name = f"{module}/{node.op_type}_{number}"
 
 
 def _strip_(model: ir.Model) -> None:

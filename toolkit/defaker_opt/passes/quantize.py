@@ -75,9 +75,9 @@ class Quantize:
         """See `Pass`."""
         problems = [
             f"rules: {rule.scheme} ({rule.match}) cannot run on target {target.name}, "
-            f"which runs {', '.join(target.encodings)}"
+            f"which runs {', '.join(target.kinds)}"
             for rule in self.rules
-            if (scheme := parse_scheme(rule.scheme)) and scheme.kind not in target.encodings
+            if (scheme := parse_scheme(rule.scheme)) and scheme.kind not in target.kinds
         ]
         weights = _all_linear(config)
         matched = {name: self._rule(name) for name in weights}

@@ -15,7 +15,7 @@ from PIL import Image
 from defaker_opt.errors import BuildError
 from defaker_opt.runtime.backends import OpenStage, Tensors, find_backend
 from defaker_opt.runtime.build import Build
-from defaker_opt.runtime.clock import Clock
+from defaker_opt.runtime.clock import Clock, Span
 from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
 from defaker_opt.runtime.prompts import Prefix, joined, load_prompts, question_input
 from defaker_opt.runtime.spec import VOCABULARY_HEAD, StageSpec
@@ -39,6 +39,7 @@ class Verdict:
     greedy_answer: where the mask's answer is decoded (a build without `appended_answer`), the likeliest word at each of
     its steps, as token ids. The fixed answer's own words are fed all the same, so the mask is that of the fixed answer.
     mask_logits: float32 [s/4, s/4] of the mask image's size s, what the mask was made from; None without a mask.
+    timeline: when each call of a stage began and ended; two that ran at once overlap.
     """
 
     fake_probability: float
@@ -49,6 +50,7 @@ class Verdict:
     latency_ms: Mapping[str, float] = field(compare=False)
     mask_logits: Array | None = None
     greedy_answer: tuple[int, ...] = field(default=(), compare=False)
+    timeline: tuple[Span, ...] = field(default=(), compare=False)
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Session:
             latency_ms=clock.finish(),
             mask_logits=mask_logits,
             greedy_answer=greedy,
+            timeline=clock.timeline(),
         )
 
     def run(self, stage: str, tensors: Tensors, clock: Clock, outputs: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
@@ -108,12 +111,18 @@ class Session:
     def open_stage(self, stage: str) -> OpenStage:
         """The stage, opened once."""
         if stage not in self._open:
-            target = self.build.manifest.data["target"]
-            options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
-            options["skip_unread"] = self.build.manifest.saves("last_layer_rows")
-            backend = find_backend(target["backend"])
-            self._open[stage] = backend.open_stage(self.build.folder / f"{stage}.onnx", self.spec(stage), options)
+            backend = find_backend(self.build.manifest.data["target"]["backend"])
+            file = self.build.folder / f"{stage}.onnx"
+            self._open[stage] = backend.open_stage(file, self.spec(stage), self.options())
         return self._open[stage]
+
+    def options(self) -> dict[str, Any]:
+        """What the backend is told of how to run stages."""
+        options = {
+            **self.build.manifest.data["target"]["session"],
+            **({"threads": self.threads} if self.threads else {}),
+        }
+        return {**options, "skip_unread": self.build.manifest.saves("last_layer_rows")}
 
     def close(self) -> None:
         """Give back the memory of all stages; they open again when they are needed."""

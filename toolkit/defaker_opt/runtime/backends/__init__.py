@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +25,30 @@ class OpenStage(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Operator:
+    """One operator of one run: name: the graph's node; run: which run, from 0; milliseconds: in the operator itself."""
+
+    run: int
+    name: str
+    kind: str
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """run_ms: milliseconds of each run as a whole, with the trace's own work. operators: of all runs."""
+
+    run_ms: tuple[float, ...]
+    operators: tuple[Operator, ...]
+
+
 class Backend(Protocol):
-    """What a backend module offers."""
+    """What a backend module offers.
+
+    One that can tell where time goes also has `trace_stage(file, spec, options, calls, repeat)`: each call, that is its
+    input arrays and the names of its outputs, is run in turn, `repeat` times over; returns a Trace of all runs.
+    """
 
     def open_stage(self, file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:
         """Open one compiled stage. `options` are the target's own, e.g. the number of threads."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from defaker_opt.errors import BuildError
-from defaker_opt.runtime.backends import OpenStage, Tensors, check_input
+from defaker_opt.runtime.backends import OpenStage, Operator, Tensors, Trace, check_input
 from defaker_opt.runtime.spec import StageSpec
 
 _LOG_ERRORS_ONLY = 3
@@ -35,18 +37,66 @@ _OPEN_ERRORS = (
 
 def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:
     """Open an ONNX file. `options`: `threads` (0 = one for each core), `skip_unread` (only what is asked for runs)."""
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = _LOG_ERRORS_ONLY
-    settings.intra_op_num_threads = int(options.get("threads", 0))
-    try:
-        session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
-    except _OPEN_ERRORS as error:
-        raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
-    run_options = onnxruntime.RunOptions()
-    run_options.only_execute_path_to_fetches = bool(options.get("skip_unread", False))
+    session = _open(file, _settings(options))
+    run_options = _run_options(options)
 
     def run(tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         check_input(spec, tensors)
         return dict(zip(outputs, session.run(list(outputs), dict(tensors), run_options)))
 
     return run
+
+
+def trace_stage(
+    file: Path,
+    spec: StageSpec,
+    options: Mapping[str, Any],
+    calls: Sequence[tuple[Tensors, tuple[str, ...]]],
+    repeat: int,
+) -> Trace:
+    """See `Backend`. The first round warms up and is not returned; run numbers count the calls of later rounds."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = _settings(options)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder) / spec.name)
+        session, run_options = _open(file, settings), _run_options(options)
+        for _ in range(repeat + 1):
+            for tensors, outputs in calls:
+                check_input(spec, tensors)
+                session.run(list(outputs), dict(tensors), run_options)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    runs = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")
+    operators = _operators(events, [began + took for began, took in runs], skip=len(calls))
+    return Trace(tuple(took / 1e3 for _, took in runs[len(calls) :]), tuple(operators))
+
+
+def _operators(events: Sequence[Mapping[str, Any]], ends: Sequence[int], skip: int) -> Iterator[Operator]:
+    """Sort the nodes' events into the runs during which they happened, by when each run ended."""
+    nodes = sorted((event for event in events if event.get("cat") == "Node"), key=lambda event: event["ts"])
+    run = 0
+    for node in nodes:
+        while node["ts"] > ends[run]:
+            run += 1
+        if run >= skip:
+            name = node["name"].removesuffix("_kernel_time")
+            yield Operator(run - skip, name, node["args"]["op_name"], node["dur"] / 1e3)
+
+
+def _settings(options: Mapping[str, Any]) -> onnxruntime.SessionOptions:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = _LOG_ERRORS_ONLY
+    settings.intra_op_num_threads = int(options.get("threads", 0))
+    return settings
+
+
+def _open(file: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    except _OPEN_ERRORS as error:
+        raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
+
+
+def _run_options(options: Mapping[str, Any]) -> onnxruntime.RunOptions:
+    run_options = onnxruntime.RunOptions()
+    run_options.only_execute_path_to_fetches = bool(options.get("skip_unread", False))
+    return run_options

@@ -1,0 +1,1 @@
+"""What a job will cost, said before any of it is done: sizes, memory, time, and whether it fits the target."""
