@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from defaker_opt import strict
 from defaker_opt.catalog import find_module, find_yaml, module_names
 from defaker_opt.errors import ConfigError, DefakerError, one_of
+from defaker_opt.explanation import Explanation
 from defaker_opt.limits import Limit, limits_as_json, unknown_metrics
+from defaker_opt.runtime.spec import VOCABULARY_HEAD
 from defaker_opt.savings import EVERY_SAVING, Savings
 
 
@@ -19,7 +21,7 @@ from defaker_opt.savings import EVERY_SAVING, Savings
 class Recipe:
     """passes: frozen values with an `apply`, in the order they run. savings: leave out work, never results.
 
-    accept: by metric, what `validate` judges by.
+    explain: the build can also answer in words. accept: by metric, what `validate` judges by.
     """
 
     name: str
@@ -29,6 +31,12 @@ class Recipe:
     passes: tuple[Any, ...]
     savings: Savings = EVERY_SAVING
     accept: Mapping[str, Limit] = field(default_factory=dict)
+    explain: Explanation | None = None
+
+    def stages(self) -> tuple[str, ...]:
+        """The stages of its builds, in the order they are made."""
+        stages = self.savings.stages()
+        return stages if not self.explain or VOCABULARY_HEAD in stages else (*stages, VOCABULARY_HEAD)
 
     def as_json(self) -> dict[str, Any]:
         """The form the manifest keeps: the recipe as it was read, defaults filled in."""
@@ -39,6 +47,7 @@ class Recipe:
             "target": self.target,
             "savings": dataclasses.asdict(self.savings),
             "passes": [{pass_name(each): dataclasses.asdict(each)} for each in self.passes],
+            "explain": self.explain and dataclasses.asdict(self.explain),
             "accept": limits_as_json(self.accept),
         }
 
@@ -51,6 +60,7 @@ class _RecipeFile:
     passes: tuple[dict[str, Any], ...] = ()
     savings: Savings = EVERY_SAVING
     accept: dict[str, Limit] = field(default_factory=dict)
+    explain: Explanation | None = None
 
     CHECKS: ClassVar[Mapping[str, Callable[[dict[str, Limit]], str | None]]] = {"accept": unknown_metrics}
 
@@ -88,7 +98,8 @@ def parse_recipe(name: str, data: object, file: Path | str) -> Recipe:
     if problems:
         raise ConfigError(file, problems)
     assert isinstance(parsed, _RecipeFile)
-    return Recipe(name, parsed.description, parsed.source, parsed.target, tuple(passes), parsed.savings, parsed.accept)
+    given = {key: getattr(parsed, key) for key in ("description", "source", "target", "savings", "accept", "explain")}
+    return Recipe(name=name, passes=tuple(passes), **given)
 
 
 def _parse_pass(entry: Mapping[str, Any], where: str, report: strict.Report) -> object:

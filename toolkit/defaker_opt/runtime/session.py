@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from defaker_opt.errors import BuildError
+from defaker_opt.runtime.answers import decode_fixed, decode_free, text_of
 from defaker_opt.runtime.backends import OpenStage, Tensors, find_backend
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock
 from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
-from defaker_opt.runtime.prompts import Prefix, joined, load_prompts, question_input
+from defaker_opt.runtime.prompts import Prefix, extend_, load_prompts, question_input
 from defaker_opt.runtime.spec import VOCABULARY_HEAD, StageSpec
 
 Array = NDArray[np.float32]
@@ -39,6 +40,7 @@ class Verdict:
     greedy_answer: where the mask's answer is decoded (a build without `appended_answer`), the likeliest word at each of
     its steps, as token ids. The fixed answer's own words are fed all the same, so the mask is that of the fixed answer.
     mask_logits: float32 [s/4, s/4] of the mask image's size s, what the mask was made from; None without a mask.
+    explanation: the detector's own answer to the verdict's question, if it was asked for one.
     """
 
     fake_probability: float
@@ -49,6 +51,7 @@ class Verdict:
     latency_ms: Mapping[str, float] = field(compare=False)
     mask_logits: Array | None = None
     greedy_answer: tuple[int, ...] = field(default=(), compare=False)
+    explanation: str | None = None
 
 
 @dataclass
@@ -60,8 +63,11 @@ class Session:
     _open: dict[str, OpenStage] = field(default_factory=dict)
     _prompts: dict[str, Array] = field(default_factory=dict)
 
-    def judge(self, image: Image.Image, gate: float | None = None) -> Verdict:
-        """Judge one RGB picture. The mask is made if the fake probability reaches `gate` (default: the manifest's)."""
+    def judge(self, image: Image.Image, gate: float | None = None, explain_words: int = 0) -> Verdict:
+        """Judge one RGB picture. The mask is made if the fake probability reaches `gate` (default: the manifest's).
+
+        explain_words: the most tokens of an explanation, 0 for none. Raises BuildError if the build has no words.
+        """
         thresholds, facts = self.build.manifest.data["thresholds"], self.build.manifest.data["input"]
         gate = thresholds["gate"] if gate is None else gate
         clock = Clock()
@@ -76,6 +82,7 @@ class Session:
             mask: NDArray[np.bool_] | None = None
             mask_logits: Array | None = None
             greedy: tuple[int, ...] = ()
+            words = decode_free(self, prefix, clock, explain_words) if explain_words else ()
             if probability >= gate:
                 embedding, greedy = self._find_mask(prefix, clock)
                 del prefix  # its key/values are large, and the mask encoder needs room
@@ -92,6 +99,7 @@ class Session:
             latency_ms=clock.finish(),
             mask_logits=mask_logits,
             greedy_answer=greedy,
+            explanation=text_of(self.build, words) if explain_words else None,
         )
 
     def run(self, stage: str, tensors: Tensors, clock: Clock, outputs: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
@@ -176,10 +184,11 @@ class Session:
         for start in range(0, total, step):
             block = slice(start, start + step)
             tokens = {"inputs_embeds": embeds[:, block], "position_ids": positions[:, block]}
-            past = joined(past, self.run("language", {**tokens, **past}, clock, self._present()))
+            extend_(past, self.run("language", {**tokens, **past}, clock, self.present()))
         return Prefix(past, next_position, embeds[0, total:], positions[0, total:])
 
-    def _present(self) -> tuple[str, ...]:
+    def present(self) -> tuple[str, ...]:
+        """Names of the outputs with new key/values."""
         return tuple(t.name for t in self.spec("language").outputs if t.name.startswith("present_"))
 
     def ask(self, question: str, prefix: Prefix, clock: Clock) -> Array:
@@ -206,25 +215,7 @@ class Session:
         """The segmentation embedding, and the words of a decoded answer."""
         if self.build.manifest.saves("appended_answer"):
             return self.ask("mask", prefix, clock), ()
-        return self._decode(prefix, clock)
-
-    def _decode(self, prefix: Prefix, clock: Clock) -> tuple[Array, tuple[int, ...]]:
-        """Answer the mask's question one word a step, as long as the fixed answer is."""
-        steps = self.build.manifest.data["prompt"]["answer_tokens"]
-        question = self.question_input("mask", prefix)
-        embeds, positions, past = question.pop("inputs_embeds"), question.pop("position_ids"), dict(question)
-        wanted = ("seg_embedding", "last_hidden", *self._present())
-        given = {"inputs_embeds": embeds[:, :-steps], "position_ids": positions[:, :-steps]}
-        state = self.run("language", {**given, **past}, clock, wanted)
-        greedy = []
-        for step in range(-steps, 0):
-            words = self.run(VOCABULARY_HEAD, {"last_hidden": state["last_hidden"]}, clock)["vocabulary_logits"]
-            greedy.append(int(words.argmax()))
-            past = joined(past, state)
-            word = slice(step, step + 1 or None)
-            given = {"inputs_embeds": embeds[:, word], "position_ids": positions[:, word]}
-            state = self.run("language", {**given, **past}, clock, wanted)
-        return state["seg_embedding"], tuple(greedy)
+        return decode_fixed(self, prefix, clock)
 
     def _encodes_ahead(self, gate: float) -> bool:
         """Whether the mask encoder may begin before the verdict is known."""
