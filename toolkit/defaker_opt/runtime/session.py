@@ -23,6 +23,9 @@ from defaker_opt.runtime.spec import VOCABULARY_HEAD, StageSpec
 
 Array = NDArray[np.float32]
 
+# Stages that take turns on a picture; those of one phase are needed by turns, so they stay open together.
+_PHASES = {"vision_encoder": 0, "language": 1, VOCABULARY_HEAD: 1, "mask_encoder": 2, "mask_decoder": 2}
+
 # With fewer cores than this, two stages at once only get in each other's way.
 _CORES_FOR_TWO = 4
 
@@ -116,12 +119,25 @@ class Session:
     def open_stage(self, stage: str) -> OpenStage:
         """The stage, opened once."""
         if stage not in self._open:
+            self._make_room_for(stage)
             target = self.build.manifest.data["target"]
             options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
             options["skip_unread"] = self.build.manifest.saves("last_layer_rows")
             backend = find_backend(target["backend"])
             self._open[stage] = backend.open_stage(self.build.folder / f"{stage}.onnx", self.spec(stage), options)
         return self._open[stage]
+
+    def _make_room_for(self, stage: str) -> None:
+        """Where not all stages may be open at once, close those of other phases."""
+        if self._is_short_of_memory():
+            for other in [other for other in self._open if _PHASES[other] != _PHASES[stage]]:
+                del self._open[other]
+
+    def _is_short_of_memory(self) -> bool:
+        limit_mb = self.build.manifest.data["target"]["session"].get("open_mb", 0)
+        # A build in the making knows the size of finished stages only.
+        size = sum(entry.get("bytes", 0) for entry in self.build.manifest.data["stages"].values())
+        return bool(limit_mb) and size > limit_mb * 1_000_000
 
     def close(self) -> None:
         """Give back the memory of all stages; they open again when they are needed."""
@@ -220,7 +236,8 @@ class Session:
     def _encodes_ahead(self, gate: float) -> bool:
         """Whether the mask encoder may begin before the verdict is known."""
         cores = os.cpu_count() or 1
-        return gate <= 0 and cores >= _CORES_FOR_TWO and self.build.manifest.saves("concurrent_mask_encoder")
+        allowed = self.build.manifest.saves("concurrent_mask_encoder") and not self._is_short_of_memory()
+        return gate <= 0 and cores >= _CORES_FOR_TWO and allowed
 
     def _encode_whole(self, image: Image.Image, clock: Clock) -> tuple[dict[str, NDArray[Any]], Clock]:
         with clock("preprocess"):
