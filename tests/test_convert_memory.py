@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,35 @@ def test_a_conversion_that_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_
     for name in names:
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert {name: (tmp_path / "part" / name).stat().st_mtime_ns for name in finished} == finished
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from defaker_opt import convert as convert_module
+
+def kill(done, total):
+    if done > float(sys.argv[3]) * total:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+convert_module.SHARD_BYTES = 60_000
+convert_module.convert(Path(sys.argv[1]), Path(sys.argv[2]), kill)
+"""
+
+
+def test_a_conversion_that_was_killed_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "internlm2")
+    for output, share in (("whole", 2), ("part", 0.5), ("part", 2)):
+        command = [sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path / output), str(share)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == (-signal.SIGKILL if share < 1 else 0), done.stderr
+        if share < 1:
+            kept = {path.name for path in (tmp_path / ".part.partial").glob("model-*")}
+            assert kept
+            assert not (tmp_path / "part").exists()
+    whole, part = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("whole", "part"))
+    assert whole == part
+    assert kept < set(whole)
 
 
 @pytest.mark.usefixtures("many_shards")

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 
 from defaker_opt.detector import Detector
-from defaker_opt.runtime.build import EMBEDDINGS, PROMPTS
+from defaker_opt.explanation import Explanation
+from defaker_opt.runtime.build import EMBEDDINGS, PROMPTS, VOCABULARY
+from defaker_opt.runtime.spec import VOCABULARY_HEAD
+from defaker_opt.words import end_tokens, vocabulary_arrays
 
 # Rows of the table of embeddings that are in memory at once.
 _TABLE_ROWS = 4096
@@ -21,7 +24,28 @@ def write_prompts(detector: Detector, content: Path) -> None:
     """Write the prompts' embeddings, or the whole table of embeddings for a build that looks its prompts up."""
     if detector.savings.prompt_embeddings:
         write_arrays(content / PROMPTS, prompt_embeddings(detector))
-        return
+    else:
+        write_table(detector, content)
+
+
+def write_explanation(detector: Detector, explain: Explanation, folder: Path, content: Path) -> dict[str, Any]:
+    """Write what explanations take beside the stages: all embeddings, and the text of the tokenizer in `folder`.
+
+    What the manifest says of it. Raises SourceError.
+    """
+    write_arrays(content / VOCABULARY, vocabulary_arrays(folder, detector.config.language.vocab_size))
+    if detector.savings.prompt_embeddings:
+        write_table(detector, content)
+    return {
+        "max_tokens": explain.max_tokens,
+        "end": list(end_tokens(folder)),
+        "stages": ["language", VOCABULARY_HEAD],
+        "files": [EMBEDDINGS, VOCABULARY],
+    }
+
+
+def write_table(detector: Detector, content: Path) -> None:
+    """Write the whole table of embeddings as float32 [V, H]."""
     table = detector.weights.read("language.embed_tokens.weight")
     partial = content / f".{EMBEDDINGS}"
     shape = tuple(table.shape)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from defaker_opt import __version__
-from defaker_opt.build_facts import input_facts, prompt_facts, write_arrays, write_prompts
+from defaker_opt.build_facts import input_facts, prompt_facts, write_arrays, write_explanation, write_prompts
 from defaker_opt.catalog import PACKAGE
-from defaker_opt.detector import Detector, load_detector, parameter_shapes, source_digest
+from defaker_opt.detector import Detector, load_detector, parameter_shapes, source_digest, source_folder
 from defaker_opt.errors import BuildError, PassError, SourceError, write_failure
 from defaker_opt.files import default_cache_folder, read_json_object, write_json
 from defaker_opt.passes import Progress
@@ -44,6 +44,7 @@ from defaker_opt.samples import Samples, load_samples
 from defaker_opt.spool import SpooledCodes
 from defaker_opt.stage_build import build_stage
 from defaker_opt.target import Target, require_backend
+from defaker_opt.words import end_tokens, tokenizer_digest
 
 _PASSES_SHARE = 0.1
 # Beside the build's own files, the folder for unfinished work has the job's key, the codes of quantized weights, and a
@@ -95,6 +96,11 @@ def plan_job(recipe: Recipe, target: Target, source: str, progress: Progress = _
     except PassError as error:
         raise PassError(f"recipe {recipe.name}: {error}") from error
     samples = _samples(recipe, looks, progress)
+    folder = source_folder(source)
+    words = {}
+    if recipe.explain:
+        words = {"tokenizer_sha256": tokenizer_digest(folder)}
+        end_tokens(folder)
     plan = {
         "recipe": {**recipe.as_json(), "source": detector.config.name, "target": target.name},
         "target": target.as_json(),
@@ -102,6 +108,7 @@ def plan_job(recipe: Recipe, target: Target, source: str, progress: Progress = _
             "name": detector.config.name,
             "trained": detector.config.trained,
             "sha256": source_digest(detector),
+            **words,
         },
         **({"calibration": samples.as_json()} if samples else {}),
         "tools": tool_versions(),
@@ -220,12 +227,14 @@ def _fill(job: Job, work: Path, progress: Progress) -> dict[str, Any]:
         "prompt": prompt_facts(detector),
         "thresholds": {"fake_probability": 0.5, "gate": 0.5 if detector.savings.gated_mask else 0.0, "mask_logit": 0.0},
         "self_test": _QUANTIZED if detector.codes else _EXACT,
-        "stages": {stage: {"spec": detector.spec(stage).as_json()} for stage in detector.savings.stages()},
+        "stages": {stage: {"spec": detector.spec(stage).as_json()} for stage in job.recipe.stages()},
     }
+    if job.recipe.explain:
+        data["explain"] = write_explanation(detector, job.recipe.explain, source_folder(job.source), content)
     # Still being written, but complete enough for finished stages to feed the next ones.
     build = Build(content, Manifest(data), digest="")
     done = 0.0
-    for stage, part in _stage_shares(detector).items():
+    for stage, part in _stage_shares(detector, job.recipe.stages()).items():
         progress(f"export {stage}", _PASSES_SHARE + 0.85 * done)
         done += part
         data["stages"][stage] = build_stage(detector, job.target, stage, build, work / f"{stage}.json")
@@ -236,11 +245,10 @@ def _fill(job: Job, work: Path, progress: Progress) -> dict[str, Any]:
     return data
 
 
-def _stage_shares(detector: Detector) -> dict[str, float]:
+def _stage_shares(detector: Detector, stages: tuple[str, ...]) -> dict[str, float]:
     """The share of the work that each stage is: that of its parameters, so that the time left is foreseen."""
     sizes = {
-        stage: sum(math.prod(shape) for shape in parameter_shapes(detector.config, stage).values())
-        for stage in detector.savings.stages()
+        stage: sum(math.prod(shape) for shape in parameter_shapes(detector.config, stage).values()) for stage in stages
     }
     return {stage: size / sum(sizes.values()) for stage, size in sizes.items()}
 

@@ -25,7 +25,7 @@ def preview_job(job: Job, output: Path) -> dict[str, Any]:
         preview = each.check(job.detector.config, job.target)
         schemes.update(preview.schemes)
         reasons.update(preview.reasons)
-    stages = {stage: _preview_stage(job, stage, schemes) for stage in job.recipe.savings.stages()}
+    stages = {stage: _preview_stage(job, stage, schemes) for stage in job.recipe.stages()}
     return {
         "build": str(output),
         "recipe": {**job.recipe.as_json(), "source": job.source, "target": job.target.name},

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from defaker_opt import strict
 from defaker_opt.catalog import find_module, find_yaml, module_names
 from defaker_opt.errors import ConfigError, DefakerError, one_of
+from defaker_opt.explanation import Explanation
 from defaker_opt.limits import Limit, limits_as_json, unknown_metrics
+from defaker_opt.runtime.spec import VOCABULARY_HEAD
 from defaker_opt.savings import EVERY_SAVING, Savings
 
 
@@ -19,7 +21,8 @@ from defaker_opt.savings import EVERY_SAVING, Savings
 class Recipe:
     """passes: frozen values with an `apply`, in the order they run. savings: leave out work, never results.
 
-    accept: by metric, what `validate` judges by. calibration: the pictures that methods look at, see `load_samples`.
+    explain: the build can also answer in words. accept: by metric, what `validate` judges by. calibration: the pictures
+    that methods look at, see `load_samples`.
     """
 
     name: str
@@ -30,6 +33,12 @@ class Recipe:
     savings: Savings = EVERY_SAVING
     accept: Mapping[str, Limit] = field(default_factory=dict)
     calibration: str | None = None
+    explain: Explanation | None = None
+
+    def stages(self) -> tuple[str, ...]:
+        """The stages of its builds, in the order they are made."""
+        stages = self.savings.stages()
+        return stages if not self.explain or VOCABULARY_HEAD in stages else (*stages, VOCABULARY_HEAD)
 
     def as_json(self) -> dict[str, Any]:
         """The form the manifest keeps: the recipe as it was read, defaults filled in."""
@@ -41,6 +50,7 @@ class Recipe:
             **({"calibration": self.calibration} if self.calibration else {}),
             "savings": dataclasses.asdict(self.savings),
             "passes": [{pass_name(each): dataclasses.asdict(each)} for each in self.passes],
+            "explain": self.explain and dataclasses.asdict(self.explain),
             "accept": limits_as_json(self.accept),
         }
 
@@ -54,6 +64,7 @@ class _RecipeFile:
     savings: Savings = EVERY_SAVING
     accept: dict[str, Limit] = field(default_factory=dict)
     calibration: str | None = None
+    explain: Explanation | None = None
 
     CHECKS: ClassVar[Mapping[str, Callable[[dict[str, Limit]], str | None]]] = {"accept": unknown_metrics}
 
@@ -91,16 +102,8 @@ def parse_recipe(name: str, data: object, file: Path | str) -> Recipe:
     if problems:
         raise ConfigError(file, problems)
     assert isinstance(parsed, _RecipeFile)
-    return Recipe(
-        name,
-        parsed.description,
-        parsed.source,
-        parsed.target,
-        tuple(passes),
-        parsed.savings,
-        parsed.accept,
-        parsed.calibration,
-    )
+    keys = ("description", "source", "target", "savings", "accept", "calibration", "explain")
+    return Recipe(name=name, passes=tuple(passes), **{key: getattr(parsed, key) for key in keys})
 
 
 def _parse_pass(entry: Mapping[str, Any], where: str, report: strict.Report) -> object:

@@ -31,15 +31,19 @@ class SessionOptions:
 
     tiles and tokens: how many of a picture's tiles, and of the prefix's tokens, one call takes, 0 = all of them. Fewer
     need less memory, and tokens in blocks are not compared with later ones that they must not see.
+
+    open_mb: stages of larger builds are opened when a picture needs them and closed after, at the cost of opening them
+    for the next; 0 = all stay open.
     """
 
     threads: int = 0
     tiles: int = 0
     tokens: int = 0
+    open_mb: int = 0
 
     CHECKS: ClassVar[Mapping[str, Callable[[int], str | None]]] = {
         name: lambda count: None if count >= 0 else f"must be 0 or more, got {count}"
-        for name in ("threads", "tiles", "tokens")
+        for name in ("threads", "tiles", "tokens", "open_mb")
     }
 
 

@@ -31,6 +31,7 @@ def run(
     mask_dir: Annotated[Path | None, typer.Option(help="Write each mask here, as PNG of the image's size.")] = None,
     overlay_dir: Annotated[Path | None, typer.Option(help="Write each image with its mask over it here.")] = None,
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Make a mask from this fake probability on.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Also answer in words (recipe explain).")] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads for each stage; 0 means one for each core.")] = 0,
     self_test: Annotated[bool, typer.Option("--self-test", help="Check the build on this machine instead.")] = False,
 ) -> None:
@@ -46,6 +47,7 @@ def run(
         _self_test(session, as_json)
         return
     assert images is not None
+    words = _explanation_words(session) if explain else 0
     places = [Place(name, mask_dir, overlay_dir) for name in _output_names(images)]
     _refuse_overwriting(images, places)
     for folder in (mask_dir, overlay_dir):
@@ -53,7 +55,7 @@ def run(
     _show_any_name()
     failed = 0
     for path, place in _with_progress(list(zip(images, places))):
-        row = _judge(session, path, place, gate)
+        row = _judge(session, path, place, gate, words)
         failed += "error" in row
         _print_row(row, as_json)
     if failed:
@@ -79,12 +81,19 @@ class Place:
         return self.overlay_dir and self.overlay_dir / f"{self.name}_overlay.png"
 
 
-def _judge(session: Session, path: str, place: Place, gate: float | None) -> dict[str, Any]:
+def _explanation_words(session: Session) -> int:
+    """The most tokens of an explanation. Raises BuildError if the build has no words."""
+    from defaker_opt.runtime.answers import explanation_facts
+
+    return int(explanation_facts(session.build)["max_tokens"])
+
+
+def _judge(session: Session, path: str, place: Place, gate: float | None, words: int) -> dict[str, Any]:
     from defaker_opt.runtime.images import load_image
 
     try:
         image = load_image(path)
-        verdict = session.judge(image, gate)
+        verdict = session.judge(image, gate, words)
     except (ImageError, BuildError) as error:
         return {"image": path, "error": str(error), **_identity(session)}
     mask = _write_mask(verdict, place.mask)
@@ -98,6 +107,7 @@ def _judge(session: Session, path: str, place: Place, gate: float | None) -> dic
         "fake_probability": verdict.fake_probability,
         "mask_area": verdict.mask_area,
         "mask": mask,
+        **({} if verdict.explanation is None else {"explanation": verdict.explanation}),
         "latency_ms": dict(verdict.latency_ms),
         **_identity(session),
     }
@@ -116,6 +126,8 @@ def _print_row(row: dict[str, Any], as_json: bool) -> None:
             f"{row['latency_ms']['total']:.0f} ms{untrained}",
             flush=True,
         )
+        if "explanation" in row:
+            print(f"  {row['explanation']}", flush=True)
 
 
 def _identity(session: Session) -> dict[str, Any]:

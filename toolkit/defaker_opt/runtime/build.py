@@ -3,7 +3,8 @@
 manifest.json            recipe, source, files with their SHA-256, parity, thresholds, tool versions
 <stage>.onnx, .data      one graph a stage
 prompts.npz              the fixed prompts as embeddings; or, in builds made for comparison,
-embeddings.npy           the whole table of embeddings
+embeddings.npy           the whole table of embeddings, also beside prompts.npz in builds that explain
+vocabulary.npz           the bytes of each token, in builds that explain
 self_test.npz            one input and the outputs to expect
 """
 
@@ -23,6 +24,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.npz"
 EMBEDDINGS = "embeddings.npy"
+VOCABULARY = "vocabulary.npz"
 SELF_TEST = "self_test.npz"
 SEAL = "manifest_sha256"
 
@@ -90,7 +92,8 @@ def open_build(folder: Path | str) -> Build:
 
 def _needed_files(data: Mapping[str, Any]) -> set[str]:
     prompts = PROMPTS if data["recipe"]["savings"]["prompt_embeddings"] else EMBEDDINGS
-    return {prompts, SELF_TEST, *(f"{stage}.onnx" for stage in data["stages"])}
+    words = {EMBEDDINGS, VOCABULARY} if "explain" in data else set()
+    return {prompts, SELF_TEST, *words, *(f"{stage}.onnx" for stage in data["stages"])}
 
 
 def _read_manifest(folder: Path) -> bytes:

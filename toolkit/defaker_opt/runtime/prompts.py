@@ -34,7 +34,7 @@ def load_prompts(build: Build) -> dict[str, Array]:
         with np.load(build.folder / PROMPTS, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     facts = build.manifest.data["prompt"]
-    table = np.load(build.folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+    table = open_table(build)
     shared = facts["shared_tokens"]
     ids = {
         "before": facts["before"],
@@ -45,12 +45,19 @@ def load_prompts(build: Build) -> dict[str, Array]:
     return {name: np.array(table[rows]) for name, rows in ids.items()}
 
 
-def joined(past: Tensors, present: Tensors) -> dict[str, NDArray[Any]]:
-    """Key/values of the past followed by the new ones: present_key_i after past_key_i, and so on."""
-    return {
-        name: np.concatenate([array, present[name.replace("past_", "present_", 1)]], axis=2)
-        for name, array in past.items()
-    }
+def open_table(build: Build) -> Array:
+    """Embeddings of all tokens [V, H], memory-mapped; only in builds that look tokens up."""
+    table: Array = np.load(build.folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+    return table
+
+
+def extend_(past: dict[str, NDArray[Any]], present: dict[str, NDArray[Any]]) -> None:
+    """Append new key/values, taking them out of `present`: present_key_i after past_key_i, and so on.
+
+    One tensor at a time, so that the old and the new key/values are never there together.
+    """
+    for name in past:
+        past[name] = np.concatenate([past[name], present.pop(name.replace("past_", "present_", 1))], axis=2)
 
 
 def question_input(prefix: Prefix, question: Array) -> dict[str, NDArray[Any]]:

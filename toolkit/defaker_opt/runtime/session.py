@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from defaker_opt.errors import BuildError
+from defaker_opt.runtime.answers import decode_fixed, decode_free, text_of
 from defaker_opt.runtime.backends import OpenStage, Tensors, find_backend
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock, Span
 from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
-from defaker_opt.runtime.prompts import Prefix, joined, load_prompts, question_input
+from defaker_opt.runtime.prompts import Prefix, extend_, load_prompts, question_input
 from defaker_opt.runtime.spec import VOCABULARY_HEAD, StageSpec
 
 Array = NDArray[np.float32]
+
+# Stages that take turns on a picture; those of one phase are needed by turns, so they stay open together.
+_PHASES = {"vision_encoder": 0, "language": 1, VOCABULARY_HEAD: 1, "mask_encoder": 2, "mask_decoder": 2}
 
 # With fewer cores than this, two stages at once only get in each other's way.
 _CORES_FOR_TWO = 4
@@ -40,6 +44,7 @@ class Verdict:
     its steps, as token ids. The fixed answer's own words are fed all the same, so the mask is that of the fixed answer.
     mask_logits: float32 [s/4, s/4] of the mask image's size s, what the mask was made from; None without a mask.
     timeline: when each call of a stage began and ended; two that ran at once overlap.
+    explanation: the detector's own answer to the verdict's question, if it was asked for one.
     """
 
     fake_probability: float
@@ -51,6 +56,7 @@ class Verdict:
     mask_logits: Array | None = None
     greedy_answer: tuple[int, ...] = field(default=(), compare=False)
     timeline: tuple[Span, ...] = field(default=(), compare=False)
+    explanation: str | None = None
 
 
 @dataclass
@@ -62,8 +68,11 @@ class Session:
     _open: dict[str, OpenStage] = field(default_factory=dict)
     _prompts: dict[str, Array] = field(default_factory=dict)
 
-    def judge(self, image: Image.Image, gate: float | None = None) -> Verdict:
-        """Judge one RGB picture. The mask is made if the fake probability reaches `gate` (default: the manifest's)."""
+    def judge(self, image: Image.Image, gate: float | None = None, explain_words: int = 0) -> Verdict:
+        """Judge one RGB picture. The mask is made if the fake probability reaches `gate` (default: the manifest's).
+
+        explain_words: the most tokens of an explanation, 0 for none. Raises BuildError if the build has no words.
+        """
         thresholds, facts = self.build.manifest.data["thresholds"], self.build.manifest.data["input"]
         gate = thresholds["gate"] if gate is None else gate
         clock = Clock()
@@ -78,6 +87,7 @@ class Session:
             mask: NDArray[np.bool_] | None = None
             mask_logits: Array | None = None
             greedy: tuple[int, ...] = ()
+            words = decode_free(self, prefix, clock, explain_words) if explain_words else ()
             if probability >= gate:
                 embedding, greedy = self._find_mask(prefix, clock)
                 del prefix  # its key/values are large, and the mask encoder needs room
@@ -95,6 +105,7 @@ class Session:
             mask_logits=mask_logits,
             greedy_answer=greedy,
             timeline=clock.timeline(),
+            explanation=text_of(self.build, words) if explain_words else None,
         )
 
     def run(self, stage: str, tensors: Tensors, clock: Clock, outputs: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
@@ -111,6 +122,7 @@ class Session:
     def open_stage(self, stage: str) -> OpenStage:
         """The stage, opened once."""
         if stage not in self._open:
+            self._make_room_for(stage)
             backend = find_backend(self.build.manifest.data["target"]["backend"])
             file = self.build.folder / f"{stage}.onnx"
             self._open[stage] = backend.open_stage(file, self.spec(stage), self.options())
@@ -123,6 +135,18 @@ class Session:
             **({"threads": self.threads} if self.threads else {}),
         }
         return {**options, "skip_unread": self.build.manifest.saves("last_layer_rows")}
+
+    def _make_room_for(self, stage: str) -> None:
+        """Where not all stages may be open at once, close those of other phases."""
+        if self._is_short_of_memory():
+            for other in [other for other in self._open if _PHASES[other] != _PHASES[stage]]:
+                del self._open[other]
+
+    def _is_short_of_memory(self) -> bool:
+        limit_mb = self.build.manifest.data["target"]["session"].get("open_mb", 0)
+        # A build in the making knows the size of finished stages only.
+        size = sum(entry.get("bytes", 0) for entry in self.build.manifest.data["stages"].values())
+        return bool(limit_mb) and size > limit_mb * 1_000_000
 
     def close(self) -> None:
         """Give back the memory of all stages; they open again when they are needed."""
@@ -185,10 +209,11 @@ class Session:
         for start in range(0, total, step):
             block = slice(start, start + step)
             tokens = {"inputs_embeds": embeds[:, block], "position_ids": positions[:, block]}
-            past = joined(past, self.run("language", {**tokens, **past}, clock, self._present()))
+            extend_(past, self.run("language", {**tokens, **past}, clock, self.present()))
         return Prefix(past, next_position, embeds[0, total:], positions[0, total:])
 
-    def _present(self) -> tuple[str, ...]:
+    def present(self) -> tuple[str, ...]:
+        """Names of the outputs with new key/values."""
         return tuple(t.name for t in self.spec("language").outputs if t.name.startswith("present_"))
 
     def ask(self, question: str, prefix: Prefix, clock: Clock) -> Array:
@@ -215,30 +240,13 @@ class Session:
         """The segmentation embedding, and the words of a decoded answer."""
         if self.build.manifest.saves("appended_answer"):
             return self.ask("mask", prefix, clock), ()
-        return self._decode(prefix, clock)
-
-    def _decode(self, prefix: Prefix, clock: Clock) -> tuple[Array, tuple[int, ...]]:
-        """Answer the mask's question one word a step, as long as the fixed answer is."""
-        steps = self.build.manifest.data["prompt"]["answer_tokens"]
-        question = self.question_input("mask", prefix)
-        embeds, positions, past = question.pop("inputs_embeds"), question.pop("position_ids"), dict(question)
-        wanted = ("seg_embedding", "last_hidden", *self._present())
-        given = {"inputs_embeds": embeds[:, :-steps], "position_ids": positions[:, :-steps]}
-        state = self.run("language", {**given, **past}, clock, wanted)
-        greedy = []
-        for step in range(-steps, 0):
-            words = self.run(VOCABULARY_HEAD, {"last_hidden": state["last_hidden"]}, clock)["vocabulary_logits"]
-            greedy.append(int(words.argmax()))
-            past = joined(past, state)
-            word = slice(step, step + 1 or None)
-            given = {"inputs_embeds": embeds[:, word], "position_ids": positions[:, word]}
-            state = self.run("language", {**given, **past}, clock, wanted)
-        return state["seg_embedding"], tuple(greedy)
+        return decode_fixed(self, prefix, clock)
 
     def _encodes_ahead(self, gate: float) -> bool:
         """Whether the mask encoder may begin before the verdict is known."""
         cores = os.cpu_count() or 1
-        return gate <= 0 and cores >= _CORES_FOR_TWO and self.build.manifest.saves("concurrent_mask_encoder")
+        allowed = self.build.manifest.saves("concurrent_mask_encoder") and not self._is_short_of_memory()
+        return gate <= 0 and cores >= _CORES_FOR_TWO and allowed
 
     def _encode_whole(self, image: Image.Image, clock: Clock) -> tuple[dict[str, NDArray[Any]], Clock]:
         with clock("preprocess"):
