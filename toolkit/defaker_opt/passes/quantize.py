@@ -12,7 +12,8 @@ from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.errors import PassError, one_of
 from defaker_opt.methods import Method, Scheme, SchemeName, parse_scheme
-from defaker_opt.passes import PassResult, Preview, Progress
+from defaker_opt.passes import PassResult, Preview
+from defaker_opt.progress import Progress
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.strict import Invalid
 from defaker_opt.target import Target
