@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from defaker_opt.benchmarks import metrics
+from defaker_opt.benchmarks.localization import mean_over_forged
 from defaker_opt.drift.perturbations import NONE, parse_perturbations
 from defaker_opt.drift.rows import ImageRow
 from defaker_opt.drift.run import JudgedRun, Run, asked_crew, fitted_crew, judge_runs
@@ -107,9 +108,7 @@ def figure(name: str, judged: Judged, weights: Floats) -> Floats:
     if name == "fpr":
         return metrics.false_positive_rate(label, probability, 0.5, weights)
     counted = ~np.isnan(judged.iou) & ((judged.share < SMALL) | (name == "iou"))
-    total = weights[:, counted].sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, weights[:, counted] @ judged.iou[counted] / total, np.nan)
+    return mean_over_forged(judged.iou, counted, weights)
 
 
 def groups(judged: Judged) -> Iterator[tuple[str, Judged]]:

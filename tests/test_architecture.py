@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers know nothing of higher ones. A folder counts as one name.
 LAYERS = (
     {"errors"},
-    {"catalog", "strict"},
+    {"catalog", "strict", "progress"},
     {"runtime", "device", "machine"},
     {"files", "config", "target", "methods", "statistics", "savings", "limits", "explanation"},
     {"recipe", "weights", "shards", "sample", "forgery", "spool", "streaming"},

@@ -14,7 +14,7 @@ from defaker_opt.drift.rows import LOGIT_EDGES, ImageRow, Problem, TruthCounts
 from defaker_opt.errors import SuiteError
 from defaker_opt.limits import LIMITABLE, Limit
 from defaker_opt.report.curves import curves
-from defaker_opt.report.evidence import Evidence, best_f1, gather, merge
+from defaker_opt.report.evidence import Evidence, gather, merge
 from defaker_opt.report.figures import METRICS, Sample, count_flips, measure
 from defaker_opt.report.judge import judge, report_suite, sample_of
 from defaker_opt.report.slices import slice_up
@@ -112,13 +112,12 @@ def test_mask_figures_of_one_picture_are_those_of_all_thresholds() -> None:
     truth = random.random((12, 16)) < 0.2
     logits = np.round(random.normal(-1, 3, truth.shape) + 2 * truth, 2).astype(np.float32)
     row = image_row("00000-1", 1, 0.9, logits, truth)
-    assert row.mask.truth is not None
     scores = []
     for edge in (-np.inf, *LOGIT_EDGES):
         found = logits >= edge
         scores.append(2 * (found & truth).sum() / (found.sum() + truth.sum()))
-    assert best_f1(row.mask.truth) == pytest.approx(max(scores))
     evidence = gather(paired([row], same))
+    assert evidence.reference["mask_best_f1"][0] == pytest.approx(max(scores))
     binned = np.searchsorted(LOGIT_EDGES, logits, side="right")
     expected = plain_auc(binned[truth].tolist(), binned[~truth].tolist())
     assert evidence.reference["mask_pixel_auc"][0] == pytest.approx(expected)

@@ -27,7 +27,6 @@ from defaker_opt.statistics.decision import (
     holm,
     is_implausible_gain,
     two_sided,
-    worse_slices,
 )
 from defaker_opt.statistics.paired_proportions import PairedCounts, tango_score
 from defaker_opt.statistics.sample_size import assumed_rates, images_needed
@@ -155,12 +154,6 @@ def test_all_required_benchmarks_must_be_accepted() -> None:
 def test_holm_is_that_of_statsmodels(p: list[float]) -> None:
     expected = multipletests(p, method="holm")[1] if p else []
     assert holm(p).tolist() == pytest.approx(list(expected))
-
-
-def test_worse_slices_are_named_with_their_p() -> None:
-    found = worse_slices({"natural": 0.6, "document": 0.001, "deepfake": 0.02, "aigc": 0.03})
-    assert found == {"document": pytest.approx(0.004)}
-    assert list(worse_slices({"a": 0.01, "b": 0.0001})) == ["b", "a"]
 
 
 def test_a_gain_beyond_the_limit_is_implausible() -> None:

@@ -1,14 +1,48 @@
-"""Small JSON files that are there whole or not at all, and the folder for what can be made again."""
+"""Files that are there whole or not at all, folders that one process fills, and where what can be made again is kept."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from defaker_opt.errors import DefakerError, write_failure
 from defaker_opt.runtime.build import json_text
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file; it gets its name when that went well. Raises DefakerError if it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(work: Path, busy: DefakerError) -> Iterator[None]:
+    """Hold the folder for unfinished work. Raises `busy` if another process does."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    lock = work.with_name(f"{work.name}.lock")
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

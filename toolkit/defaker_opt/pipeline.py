@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +10,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from defaker_opt.build_facts import input_facts, prompt_facts, write_arrays, wri
 from defaker_opt.catalog import PACKAGE
 from defaker_opt.detector import Detector, load_detector, parameter_shapes, source_digest, source_folder
 from defaker_opt.errors import BuildError, PassError, SourceError, write_failure
-from defaker_opt.files import default_cache_folder, read_json_object, write_json
-from defaker_opt.passes import Progress
+from defaker_opt.files import default_cache_folder, held, read_json_object, write_json
+from defaker_opt.progress import Progress, part_of
 from defaker_opt.recipe import Recipe, pass_name
 from defaker_opt.runtime.build import (
     FORMAT,
@@ -145,8 +142,9 @@ def make_build(job: Job, output: Path, progress: Progress, replace: bool = False
     if existing:
         return existing
     work = output.with_name(f".{output.name}.partial")
+    busy = BuildError(f"{work}: another process is making this build; wait, or choose another --output")
     try:
-        with _alone(work):
+        with held(work, busy):
             _prepare(work, job)
             data = _fill(job, work, progress)
             write_json(work / _CONTENT / MANIFEST, {**data, SEAL: seal(data)})
@@ -180,24 +178,6 @@ def _existing_build(job: Job, output: Path, replace: bool) -> Build | None:
     raise BuildError(f"{output}: {reason}; choose another --output, or replace it with --replace")
 
 
-@contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Hold the folder for unfinished work. Raises BuildError if another process does."""
-    work.parent.mkdir(parents=True, exist_ok=True)
-    lock = work.with_name(f"{work.name}.lock")
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BuildError(
-                f"{work}: another process is making this build; wait, or choose another --output"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
 def _prepare(work: Path, job: Job) -> None:
     """Keep finished stages of the same job; anything else there is of no use."""
     plan = read_json_object(work / _PLAN)
@@ -214,8 +194,9 @@ def _fill(job: Job, work: Path, progress: Progress) -> dict[str, Any]:
     content = work / _CONTENT
     detector = dataclasses.replace(job.detector, codes=SpooledCodes(work / _CODES), savings=job.recipe.savings)
     passes = []
+    size = _PASSES_SHARE / max(1, len(job.recipe.passes))
     for index, each in enumerate(job.recipe.passes):
-        share = functools.partial(_nested, progress, _PASSES_SHARE * index / len(job.recipe.passes), _PASSES_SHARE)
+        share = part_of(progress, index * size, size)
         passes.append({pass_name(each): dict(each.apply(detector, share, job.samples).notes)})
     write_prompts(detector, content)
     data: dict[str, Any] = {
@@ -251,10 +232,6 @@ def _stage_shares(detector: Detector, stages: tuple[str, ...]) -> dict[str, floa
         stage: sum(math.prod(shape) for shape in parameter_shapes(detector.config, stage).values()) for stage in stages
     }
     return {stage: size / sum(sizes.values()) for stage, size in sizes.items()}
-
-
-def _nested(progress: Progress, start: float, share: float, what: str, fraction: float) -> None:
-    progress(what, start + share * fraction)
 
 
 def _move_into_place(work: Path, output: Path) -> None:

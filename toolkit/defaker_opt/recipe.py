@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from defaker_opt import strict
 from defaker_opt.catalog import find_module, find_yaml, module_names
-from defaker_opt.errors import ConfigError, DefakerError, one_of
+from defaker_opt.errors import DefakerError
 from defaker_opt.explanation import Explanation
 from defaker_opt.limits import Limit, limits_as_json, unknown_metrics
 from defaker_opt.runtime.spec import VOCABULARY_HEAD
@@ -77,45 +77,37 @@ def load_recipe(name: str) -> Recipe:
 
 def parse_recipe(name: str, data: object, file: Path | str) -> Recipe:
     """Check parsed YAML. Raises ConfigError with every problem."""
-    problems: list[str] = []
-
-    def report(where: str, what: str) -> None:
-        problems.append(f"{where}: {what}" if where else what)
-
-    parsed = strict.parse(_RecipeFile, data, "", report)
     passes: list[object] = []
-    entries = data.get("passes") if isinstance(data, Mapping) else None
-    for index, entry in enumerate(entries if isinstance(entries, list) else []):
-        if isinstance(entry, Mapping):
-            passes.append(_parse_pass(entry, f"passes[{index}]", report))
-    names = [
-        name for entry in (entries if isinstance(entries, list) else []) if isinstance(entry, Mapping) for name in entry
-    ]
-    for name in sorted({str(name) for name in names if names.count(name) > 1}):
-        report("passes", f"{name} given twice; put its rules into one")
-    target = data.get("target") if isinstance(data, Mapping) else None
-    if isinstance(target, str):
-        try:
-            find_yaml("profiling/targets", target, "target")
-        except DefakerError as error:
-            report("target", str(error))
-    if problems:
-        raise ConfigError(file, problems)
-    assert isinstance(parsed, _RecipeFile)
+
+    def check(report: strict.Report) -> None:
+        if isinstance(data, Mapping):
+            passes.extend(_parse_passes(data.get("passes"), report))
+            _check_target(data.get("target"), report)
+
+    parsed = strict.read_value(_RecipeFile, data, file, check)
     keys = ("description", "source", "target", "savings", "accept", "calibration", "explain")
     return Recipe(name=name, passes=tuple(passes), **{key: getattr(parsed, key) for key in keys})
 
 
-def _parse_pass(entry: Mapping[str, Any], where: str, report: strict.Report) -> object:
-    if len(entry) != 1:
-        report(where, f"must be one pass with its settings, got the keys {', '.join(map(str, entry)) or 'none'}")
-        return None
-    ((name, settings),) = entry.items()
-    known = module_names("passes")
-    if name not in known:
-        report(where, f"unknown pass, {one_of(name, known)}")
-        return None
-    return strict.parse(find_module("passes", name).PASS, settings or {}, f"{where}.{name}", report)
+def _parse_passes(entries: object, report: strict.Report) -> Iterator[object]:
+    """Those that are mappings; what else is wrong with the list was said already."""
+    choice = strict.Choice("pass", module_names("passes"), lambda name: find_module("passes", name).PASS)
+    listed = entries if isinstance(entries, list) else []
+    for index, entry in enumerate(listed):
+        if isinstance(entry, Mapping):
+            yield strict.parse_choice(choice, entry, f"passes[{index}]", report)
+    names = [name for entry in listed if isinstance(entry, Mapping) for name in entry]
+    for name in sorted({str(name) for name in names if names.count(name) > 1}):
+        report("passes", f"{name} given twice; put its rules into one")
+
+
+def _check_target(target: object, report: strict.Report) -> None:
+    if not isinstance(target, str):
+        return
+    try:
+        find_yaml("profiling/targets", target, "target")
+    except DefakerError as error:
+        report("target", str(error))
 
 
 def pass_name(each: object) -> str:

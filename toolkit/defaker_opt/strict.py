@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +22,20 @@ class Invalid(ValueError):
     """Raised by a dataclass's `__post_init__`; the message says what is wrong with the value."""
 
 
-def read_value(kind: type[T], data: object, file: Path | str) -> T:
-    """Build `kind` (a frozen dataclass) from parsed data. Raises ConfigError with every problem found."""
+def read_value(
+    kind: type[T], data: object, file: Path | str, also: Callable[[Report], None] = lambda report: None
+) -> T:
+    """Build `kind` (a frozen dataclass) from parsed data. Raises ConfigError with every problem found.
+
+    also: reports what is wrong beyond the types.
+    """
     problems: list[str] = []
 
     def report(where: str, what: str) -> None:
         problems.append(f"{where}: {what}" if where else what)
 
     value = parse(kind, data, "", report)
+    also(report)
     if problems:
         raise ConfigError(file, problems)
     return typing.cast("T", value)
@@ -89,6 +95,28 @@ def parse(kind: Any, data: object, where: str, report: Report) -> object:
             report(where, one_of(data, map(str, arguments)))
         return data
     return _parse_scalar(kind, data, where, report)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of several kinds of a noun ("pass"), each with settings of its own. kind_of: a known name → its dataclass."""
+
+    noun: str
+    known: Sequence[str]
+    kind_of: Callable[[str], Any]
+
+
+def parse_choice(choice: Choice, setting: Mapping[str, Any], where: str, report: Report) -> object:
+    """A mapping {name: settings} as the kind of that name."""
+    if len(setting) != 1:
+        got = ", ".join(map(str, setting)) or "none"
+        report(where, f"must be one {choice.noun} with its settings, got the keys {got}")
+        return None
+    ((name, settings),) = setting.items()
+    if name not in choice.known:
+        report(where, f"unknown {choice.noun}, {one_of(name, choice.known)}")
+        return None
+    return parse(choice.kind_of(name), settings or {}, f"{where}.{name}", report)
 
 
 def _parse_dataclass(kind: type, data: object, where: str, report: Report) -> object:

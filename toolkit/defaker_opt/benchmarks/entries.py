@@ -13,7 +13,6 @@ from defaker_opt.benchmarks import MaskRule
 from defaker_opt.benchmarks.layouts import Layout
 from defaker_opt.benchmarks.patterns import wrong_pattern
 from defaker_opt.catalog import find_module, find_yaml, module_names, yaml_names
-from defaker_opt.errors import ConfigError, one_of
 
 REGISTRY = "benchmarks/registry"
 
@@ -90,19 +89,13 @@ def load_entry(name: str) -> Entry:
 
 def parse_entry(name: str, data: object, file: Path | str) -> Entry:
     """Check parsed YAML. Raises ConfigError with every problem."""
-    problems: list[str] = []
 
-    def report(where: str, what: str) -> None:
-        problems.append(f"{where}: {what}" if where else what)
+    def check_layout(report: strict.Report) -> None:
+        setting = data.get("layout") if isinstance(data, Mapping) else None
+        if isinstance(setting, Mapping):
+            _parse_layout(setting, report)
 
-    parsed = strict.parse(Entry, data, "", report)
-    setting = data.get("layout") if isinstance(data, Mapping) else None
-    if isinstance(setting, Mapping):
-        _parse_layout(setting, report)
-    if problems:
-        raise ConfigError(file, problems)
-    assert isinstance(parsed, Entry)
-    return dataclasses.replace(parsed, name=name)
+    return dataclasses.replace(strict.read_value(Entry, data, file, check_layout), name=name)
 
 
 def layout_of(entry: Entry) -> Layout:
@@ -111,13 +104,6 @@ def layout_of(entry: Entry) -> Layout:
 
 
 def _parse_layout(setting: Mapping[str, Any], report: strict.Report) -> object:
-    if len(setting) != 1:
-        report("layout", f"must be one layout with its settings, got the keys {', '.join(map(str, setting)) or 'none'}")
-        return None
-    ((name, settings),) = setting.items()
     known = module_names("benchmarks.layouts")
-    if name not in known:
-        report("layout", f"unknown layout, {one_of(name, known)}")
-        return None
-    kind = find_module("benchmarks.layouts", name).LAYOUT
-    return strict.parse(kind, settings or {}, f"layout.{name}", report)
+    choice = strict.Choice("layout", known, lambda name: find_module("benchmarks.layouts", name).LAYOUT)
+    return strict.parse_choice(choice, setting, "layout", report)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from defaker_opt.errors import SuiteError
+from defaker_opt.errors import AbsentError, SuiteError
 
 _TOKEN = re.compile(r"\{([a-z_]+)(:digits)?\}|\*")
 
@@ -64,6 +64,17 @@ def find_files(root: Path, pattern: str, known: Mapping[str, str] | None = None)
     except OSError as error:
         raise SuiteError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions") from error
     return sorted(found, key=lambda match: natural_order(match.path))
+
+
+def find_lists(root: Path, patterns: Sequence[str]) -> list[Match]:
+    """The files of all patterns. Raises AbsentError if one of them has none, SuiteError as `find_files`."""
+    found = []
+    for pattern in patterns:
+        matches = find_files(root, pattern)
+        if not matches:
+            raise AbsentError(f"{root / pattern}: no such file; check the folder, or its name in the entry")
+        found += matches
+    return found
 
 
 def _expand(folder: Path, prefix: str, segments: list[str], names: dict[str, str]) -> Iterator[Match]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from defaker_opt.benchmarks import Benchmark, Item, Locator, MaskRule
+from defaker_opt.benchmarks import Item, Locator, MaskRule
 from defaker_opt.benchmarks.members import read_bytes
 from defaker_opt.errors import ImageError, SuiteError
 from defaker_opt.runtime.images import decode_image
-
-# Told what is being done and how much of it is behind us, 0…1.
-Progress = Callable[[str, float], None]
 
 # Masks that are looked at, evenly spaced, before a benchmark is accepted.
 AREA_SAMPLE = 64
@@ -66,27 +62,8 @@ def mean_mask_area(items: Sequence[Item]) -> tuple[float, int]:
         try:
             areas.append(float(decode_mask(locator, rule).mean()))
         except SuiteError:
-            continue  # `drop_broken`, or whoever reads it, says so
+            continue  # whoever judges it says so
     return (float(np.mean(areas)) if areas else 0.0), len(areas)
-
-
-def drop_broken(benchmark: Benchmark, progress: Progress) -> Benchmark:
-    """Decode every picture and mask; what cannot be used is left out, with a line each in `problems`.
-
-    Raises SuiteError if nothing is left.
-    """
-    good: list[Item] = []
-    problems = list(benchmark.problems)
-    for index, item in enumerate(benchmark.items):
-        try:
-            read_mask(item, read_image(item).size)
-            good.append(item)
-        except SuiteError as error:
-            problems.append(f"{item.key}: {error}")
-        progress(f"read {benchmark.name}", (index + 1) / len(benchmark.items))
-    if not good:
-        raise SuiteError(f"{benchmark.name}: not one picture can be used; the first: {problems[0]}")
-    return dataclasses.replace(benchmark, items=tuple(good), problems=tuple(problems))
 
 
 def _decode(locator: Locator) -> Image.Image:

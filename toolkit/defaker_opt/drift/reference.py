@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from defaker_opt.drift.run import Progress
+from defaker_opt.progress import Progress
 from defaker_opt.runtime.build import MANIFEST, Build, open_build
 
 _RECIPE = "float32"

@@ -22,10 +22,8 @@ from defaker_opt.drift.judge import Task
 from defaker_opt.drift.perturbations import NONE
 from defaker_opt.drift.rows import ImageRow, Problem
 from defaker_opt.errors import DefakerError, SuiteError
+from defaker_opt.progress import Progress
 from defaker_opt.runtime.build import Build
-
-# Told what is being done and how much of it is behind us, 0…1.
-Progress = Callable[[str, float], None]
 
 # What else, beside the build, decides a row.
 _LIBRARIES = ("numpy", "pillow", "scipy", "onnxruntime")

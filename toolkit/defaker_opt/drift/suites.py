@@ -7,10 +7,10 @@ from types import MappingProxyType
 
 from defaker_opt.benchmarks import Benchmark, Item, Locator
 from defaker_opt.benchmarks.load import load_benchmark, load_suite_file
-from defaker_opt.drift.run import Progress
 from defaker_opt.errors import SuiteError
 from defaker_opt.forgery.cache import CachedExample
 from defaker_opt.forgery.sets import load_set
+from defaker_opt.progress import Progress
 
 # Suites that come with the package, and the set of `calibration/` that each is.
 SETS = MappingProxyType({"embedded": "drift-test", "quick": "quick", "calibration": "calibration"})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 from defaker_opt.drift.compare import PairRow
 from defaker_opt.drift.rows import ImageRow, Problem
 from defaker_opt.drift.validate import PairedRun
-from defaker_opt.errors import write_failure
+from defaker_opt.files import whole_file
 
 _FACTS = ("benchmark", "perturbation", "key", "label", "source", "width", "height")
 _SIDE = ("fake_probability", "predicted", "area", "iou", "f1", "tp", "fp", "fn", "tn", "total_ms")
@@ -27,23 +25,14 @@ def write_rows(runs: Sequence[PairedRun], path: Path) -> int:
     Raises DefakerError if the file cannot be written; then none is there.
     """
     slices = slice_names(runs)
-    partial = path.with_name(f".{path.name}.partial")
     count = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="") as stream:
-            table = csv.DictWriter(stream, columns(slices), lineterminator="\n")
-            table.writeheader()
-            for paired in runs:
-                for row in paired:
-                    table.writerow(as_cells(row, paired))
-                    count += 1
-        os.replace(partial, path)
-    except OSError as error:
-        raise write_failure(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, columns(slices), lineterminator="\n")
+        table.writeheader()
+        for paired in runs:
+            for row in paired:
+                table.writerow(as_cells(row, paired))
+                count += 1
     return count
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from defaker_opt.drift.compare import PairRow, join_rows
 from defaker_opt.drift.leakage import find_leaks, hash_benchmark, refuse_leaks
 from defaker_opt.drift.perturbations import NONE
 from defaker_opt.drift.rows import Problem
-from defaker_opt.drift.run import Crew, JudgedRun, Progress, Run, judge_runs, other_threads, sample_runs
+from defaker_opt.drift.run import Crew, JudgedRun, Run, judge_runs, other_threads, sample_runs
 from defaker_opt.errors import SuiteError
+from defaker_opt.progress import Progress, part_of
 from defaker_opt.runtime.build import Build
 
 
@@ -85,14 +85,14 @@ def compare_builds(
     """
     runs = plan.runs()
     _refuse_twice(plan.suites)
-    first = judge_runs(reference, runs, cache_folder, crew, functools.partial(_share, progress, 0.0, 0.45))
+    first = judge_runs(reference, runs, cache_folder, crew, part_of(progress, 0.0, 0.45))
     _check_leakage(plan, first)
-    second = judge_runs(candidate, runs, cache_folder, crew, functools.partial(_share, progress, 0.45, 0.45))
+    second = judge_runs(candidate, runs, cache_folder, crew, part_of(progress, 0.45, 0.45))
     noise: tuple[PairedRun, ...] = ()
     others = other_threads(crew)
     if plan.noise_images:
         sampled = sample_runs((Run(suite) for suite in plan.suites), plan.noise_images)
-        quiet = functools.partial(_share, progress, 0.9, 0.1)
+        quiet = part_of(progress, 0.9, 0.1)
         same = judge_runs(reference, sampled, cache_folder, crew, lambda what, fraction: None)
         noise = tuple(map(PairedRun, same, judge_runs(reference, sampled, cache_folder, others, quiet)))
     return Comparison(reference, candidate, crew, tuple(map(PairedRun, first, second)), noise, others.threads)
@@ -115,7 +115,3 @@ def _check_leakage(plan: Plan, judged: tuple[JudgedRun, ...]) -> None:
         if run.run.perturbation == NONE:
             suite = run.run.benchmark
             refuse_leaks(plan.calibration, suite, find_leaks(plan.calibration, hashes, zip(suite.items, run)))
-
-
-def _share(progress: Progress, start: float, share: float, what: str, fraction: float) -> None:
-    progress(what, start + share * fraction)

@@ -28,9 +28,7 @@ from defaker_opt.forgery.cache import CachedExample, CachedPair, load_cached_pai
 from defaker_opt.forgery.generate import LARGEST_SIZE, SMALLEST_SIZE, make_pair
 from defaker_opt.forgery.sketch import Agreement, compare, load_sketches
 from defaker_opt.forgery.sources import Library, load_library
-
-# Told what is being done and how much of it is behind us, 0…1.
-Progress = Callable[[str, float], None]
+from defaker_opt.progress import Progress
 
 
 def _wrong_count(images: int) -> str | None:

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +27,7 @@ from PIL import Image
 from defaker_opt.errors import DefakerError
 from defaker_opt.forgery import Example
 from defaker_opt.forgery.generate import digest
-
-if TYPE_CHECKING:
-    from defaker_opt.forgery.sets import Progress
+from defaker_opt.progress import Progress
 
 Sketches = NDArray[np.uint8]  # [images, 76]
 

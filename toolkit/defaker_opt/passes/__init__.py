@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector
+from defaker_opt.progress import Progress
 from defaker_opt.samples import Samples
 from defaker_opt.target import Target
-
-# Told what is being done and how much of it is behind us, 0…1.
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from defaker_opt.errors import PassError, one_of
 from defaker_opt.methods import NOTHING_SEEN, Method, Need, Scheme, SchemeName, Statistics, parse_scheme
 from defaker_opt.observe.inputs import Balance
 from defaker_opt.observe.sweep import observe_layers
-from defaker_opt.passes import PassResult, Preview, Progress
+from defaker_opt.passes import PassResult, Preview
+from defaker_opt.progress import Progress
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.samples import Samples
 from defaker_opt.strict import Invalid, parse

@@ -8,7 +8,6 @@ sa2va-8b:random,layers=2          full widths, at most two layers a stack
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from defaker_opt.config import (
     VisionConfig,
 )
 from defaker_opt.errors import SourceError, one_of
+from defaker_opt.files import default_cache_folder
 from defaker_opt.presets.tables import DECODERS, GENERATION, JOINED, SAM2_TRUNKS, Decoder, Trunk
 
 _VERSIONS = ("sam2", "sam2.1")
@@ -151,6 +151,4 @@ def _prompt(vocab_size: int) -> PromptConfig:
 
 def preset_folder(preset: Preset) -> Path:
     """Where a preset's detector folder is, or will be: below $DEFAKER_CACHE_DIR, or the user's cache."""
-    given = os.environ.get("DEFAKER_CACHE_DIR")
-    cache = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "defaker-opt"
-    return cache / f"presets-{GENERATION}" / preset.title
+    return default_cache_folder() / f"presets-{GENERATION}" / preset.title

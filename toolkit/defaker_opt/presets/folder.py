@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from defaker_opt.config import DetectorConfig
 from defaker_opt.errors import SourceError, write_failure
+from defaker_opt.files import held
 from defaker_opt.presets.drawn import DTYPE, RandomWeights
 from defaker_opt.shards import SHARD_BYTES, BytesDone, Entry, write_shards
 
@@ -21,8 +19,9 @@ def write_folder(folder: Path, config: DetectorConfig, weights: RandomWeights, p
     """
     partial = folder.with_name(f".{folder.name}.partial")
     entries = [Entry(name, DTYPE, shape) for name, shape in sorted(weights.shapes().items())]
+    busy = SourceError(f"{partial}: another process is writing this preset; wait for it")
     try:
-        with _alone(partial):
+        with held(partial, busy):
             if folder.is_dir():
                 return
             partial.mkdir(parents=True, exist_ok=True)
@@ -31,18 +30,3 @@ def write_folder(folder: Path, config: DetectorConfig, weights: RandomWeights, p
             os.replace(partial, folder)
     except OSError as error:
         raise write_failure(folder, error) from error
-
-
-@contextlib.contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    lock = partial.with_name(f"{partial.name}.lock")
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SourceError(f"{partial}: another process is writing this preset; wait for it") from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)

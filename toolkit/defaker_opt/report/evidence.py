@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from defaker_opt.benchmarks.localization import pixel_auc
+from defaker_opt.benchmarks.localization import best_f1, pixel_auc
 from defaker_opt.drift.compare import PairRow
-from defaker_opt.drift.rows import ImageRow, Problem, TruthCounts
+from defaker_opt.drift.rows import ImageRow, Problem
 from defaker_opt.statistics.clusters import Clusters, choose_clusters
 
 Floats = NDArray[np.float64]
@@ -129,18 +129,7 @@ def _side(row: ImageRow) -> tuple[float, ...]:
     found: tuple[float | None, ...] = (None,) * 4
     # An authentic picture has nothing to find, so figures of masks are of forged pictures.
     if truth is not None and truth.tp + truth.fn:
-        found = (truth.iou, truth.f1, best_f1(truth), _pixel_auc(truth))
+        histogram = np.array([truth.authentic, truth.forged])
+        found = (truth.iou, truth.f1, best_f1(histogram), pixel_auc(histogram))
     masks = (np.nan if value is None else value for value in found)
     return (row.fake_probability, row.predicted, facts.area, *masks, latency)
-
-
-def best_f1(truth: TruthCounts) -> float:
-    """The highest F1 of a forged picture's mask over thresholds at the edges of its bins, all pixels found included."""
-    forged, authentic = np.array(truth.forged), np.array(truth.authentic)
-    hits, alarms = (np.cumsum(counts[::-1]) for counts in (forged, authentic))
-    return float((2 * hits / (hits + alarms + forged.sum())).max())
-
-
-def _pixel_auc(truth: TruthCounts) -> float | None:
-    found = pixel_auc(np.array([truth.authentic, truth.forged]))
-    return found.value if found else None

@@ -11,10 +11,11 @@ from pathlib import Path
 from defaker_opt.benchmarks import Benchmark
 from defaker_opt.drift.perturbations import parse_perturbations
 from defaker_opt.drift.reference import open_reference
-from defaker_opt.drift.run import Progress, asked_crew, fitted_crew
+from defaker_opt.drift.run import asked_crew, fitted_crew
 from defaker_opt.drift.suites import load_suite
 from defaker_opt.drift.validate import Comparison, Plan, compare_builds
 from defaker_opt.limits import Limit
+from defaker_opt.progress import Progress, part_of
 from defaker_opt.report.judge import judge
 from defaker_opt.report.refit import refit
 from defaker_opt.report.sequential import Stopped, run_looks
@@ -84,18 +85,18 @@ def _prepare(
     # What is cheap to check is checked before a picture is drawn.
     asked = asked_crew(hands.engine, hands.workers, hands.threads)
     perturbations = parse_perturbations(request.perturb)
-    loading = share(progress, 0.0, 0.05)
+    loading = part_of(progress, 0.0, 0.05)
     suites = tuple(load_suite(name, request.data, request.cache, loading) for name in request.suites)
     calibration = load_suite(request.calibration, request.data, request.cache, loading)
     if request.refit not in ("", request.calibration):
         other = load_suite(request.refit, request.data, request.cache, loading)
         calibration = Benchmark(f"{calibration.name} and {other.name}", calibration.items + other.items)
-    compared_with = open_reference(reference, request.cache, share(progress, 0.05, 0.05))
+    compared_with = open_reference(reference, request.cache, part_of(progress, 0.05, 0.05))
     crew = fitted_crew(asked, (candidate, compared_with))
     plan = Plan(suites, perturbations, calibration, request.noise_images)
 
     def compare(wanted: Plan) -> Comparison:
-        return compare_builds(compared_with, candidate, wanted, request.cache, crew, share(progress, 0.1, 0.85))
+        return compare_builds(compared_with, candidate, wanted, request.cache, crew, part_of(progress, 0.1, 0.85))
 
     return functools.partial(compare), plan
 
@@ -103,7 +104,7 @@ def _prepare(
 def _with_refit(done: Validated, compare: Compare, request: Request, progress: Progress) -> Validated:
     if not request.refit:
         return done
-    suite = load_suite(request.refit, request.data, request.cache, share(progress, 0.95, 0.01))
+    suite = load_suite(request.refit, request.data, request.cache, part_of(progress, 0.95, 0.01))
     rows = compare(Plan((suite,), (), Benchmark("nothing", ()), 0))
     return dataclasses.replace(done, report=dataclasses.replace(done.report, refit=refit(rows, suite.name)))
 
@@ -140,8 +141,3 @@ def _as_settled(suite: SuiteReport, stopped: Stopped) -> SuiteReport:
         for figure in suite.figures
     )
     return dataclasses.replace(suite, figures=figures, decision=decide_all(list(settled.values())))
-
-
-def share(progress: Progress, start: float, size: float) -> Progress:
-    """A part of a progress bar."""
-    return lambda what, fraction: progress(what, start + size * fraction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -60,14 +60,6 @@ def holm(p_values: Sequence[float]) -> Floats:
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted
-
-
-def worse_slices(p_reject: Mapping[str, float], confidence: float = 0.95) -> dict[str, float]:
-    """Slices that are worse than the limit after Holm's correction, with adjusted p, the clearest first."""
-    check_share("confidence", confidence)
-    adjusted = dict(zip(p_reject, holm(list(p_reject.values())).tolist()))
-    found = {name: p for name, p in adjusted.items() if p <= 1 - confidence}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def is_implausible_gain(interval: Interval, limit: float) -> bool:

@@ -106,11 +106,6 @@ def mcnemar_exact(losses: int, gains: int) -> float:
     return float(min(1.0, 2 * stats.binom.cdf(min(losses, gains), discordant, 0.5)))
 
 
-def mcnemar_exact_one_sided(losses: int, gains: int) -> float:
-    """Exact p of "the build is not worse" on independent pictures: P[Binomial(losses + gains, ½) ≥ losses]."""
-    return float(stats.binom.sf(losses - 1, losses + gains, 0.5))
-
-
 def tango_score(losses: ArrayLike, gains: ArrayLike, pictures: ArrayLike, drop: ArrayLike) -> Floats:
     """How many standard errors the observed drop lies above `drop`; negative means below it.
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from defaker_opt.benchmarks import MaskRule
 from defaker_opt.benchmarks.layouts import Draft, LabelName, Scan, find_label, relative_path
-from defaker_opt.benchmarks.patterns import find_files
-from defaker_opt.errors import AbsentError, SuiteError, one_of
+from defaker_opt.benchmarks.patterns import find_lists
+from defaker_opt.errors import SuiteError, one_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,8 @@ class DeepfakeBench:
     def find(self, root: Path, masks: MaskRule) -> Scan:
         """Read the lists of frames."""
         draft = Draft(root, masks)
-        for pattern in self.files:
-            found = find_files(root, pattern)
-            if not found:
-                raise AbsentError(f"{root / pattern}: no such file; check the folder, or its name in the entry")
-            for match in found:
-                self._read(draft, root / match.path)
+        for match in find_lists(root, self.files):
+            self._read(draft, root / match.path)
         return draft.finish()
 
     def _read(self, draft: Draft, file: Path) -> None:

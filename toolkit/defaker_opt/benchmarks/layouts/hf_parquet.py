@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from defaker_opt.benchmarks import Locator, MaskRule
 from defaker_opt.benchmarks.layouts import LABEL_WORDS, Draft, LabelName, Scan, find_label
 from defaker_opt.benchmarks.members import open_parquet
-from defaker_opt.benchmarks.patterns import Match, find_files, wrong_pattern
-from defaker_opt.errors import AbsentError, SuiteError, one_of
+from defaker_opt.benchmarks.patterns import Match, find_lists, wrong_pattern
+from defaker_opt.errors import SuiteError, one_of
 
 
 def _wrong_files(files: tuple[str, ...]) -> str | None:
@@ -35,12 +35,8 @@ class HfParquet:
     def find(self, root: Path, masks: MaskRule) -> Scan:
         """Read the columns that are no pictures."""
         draft = Draft(root, masks)
-        for pattern in self.files:
-            found = find_files(root, pattern)
-            if not found:
-                raise AbsentError(f"{root / pattern}: no such file; check the folder, or its name in the entry")
-            for match in found:
-                self._read(draft, match)
+        for match in find_lists(root, self.files):
+            self._read(draft, match)
         return draft.finish()
 
     def _read(self, draft: Draft, match: Match) -> None:
