@@ -26,7 +26,7 @@ LAYERS = (
     {"sources", "graph", "observe"},
     {"passes", "convert", "stage_build", "build_facts"},
     {"pipeline", "training"},
-    {"preview", "drift"},
+    {"preview", "drift", "never_slower"},
     {"report"},
     {"cli"},
     {"__main__"},

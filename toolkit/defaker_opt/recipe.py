@@ -30,6 +30,7 @@ class Recipe:
     savings: Savings = EVERY_SAVING
     accept: Mapping[str, Limit] = field(default_factory=dict)
     calibration: str | None = None
+    reverted: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The form the manifest keeps: the recipe as it was read, defaults filled in."""
@@ -42,6 +43,7 @@ class Recipe:
             "savings": dataclasses.asdict(self.savings),
             "passes": [{pass_name(each): dataclasses.asdict(each)} for each in self.passes],
             "accept": limits_as_json(self.accept),
+            **({"reverted": dict(self.reverted)} if self.reverted else {}),
         }
 
 
