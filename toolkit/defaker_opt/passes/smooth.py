@@ -74,7 +74,8 @@ class Smooth:
         folds = list(self._folds(detector.config))
         by_reader = {fold.readers[0]: fold for fold in folds}
         notes = {}
-        for group in observe_layers(detector, samples, dict.fromkeys(by_reader, ("largest",))):
+        wanted: tuple[Need, ...] = ("largest",)
+        for group in observe_layers(detector, samples, dict.fromkeys(by_reader, wanted)):
             for reader in by_reader.keys() & group.keys():
                 largest = group[reader].largest
                 assert largest is not None
