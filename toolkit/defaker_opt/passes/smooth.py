@@ -17,6 +17,7 @@ import numpy as np
 from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.errors import PassError
+from defaker_opt.methods import Need
 from defaker_opt.observe.sweep import observe_layers
 from defaker_opt.passes import PassResult, Preview, Progress
 from defaker_opt.runtime.spec import STAGES
