@@ -27,7 +27,7 @@ LAYERS = (
     {"words"},
     {"passes", "convert", "stage_build", "build_facts"},
     {"pipeline", "training"},
-    {"preview", "drift", "doctor"},
+    {"preview", "drift", "never_slower", "doctor"},
     {"report", "planning"},
     {"profiles"},
     {"cli"},

@@ -195,12 +195,14 @@ def test_files_hold_exactly_the_codes_that_torch_was_given(any_build: Path) -> N
 
 
 def quantized_again(build: Path) -> Detector:
+    """The detector with the passes of a build's recipe applied; codes of a recipe that looks at pictures are the same too."""
+    from defaker_opt.pipeline import plan_job
     from defaker_opt.recipe import load_recipe
 
-    detector = load_detector("reference")
-    for each in load_recipe(open_build(build).manifest.data["recipe"]["name"]).passes:
-        each.apply(detector, lambda what, fraction: None)
-    return detector
+    job = plan_job(load_recipe(open_build(build).manifest.data["recipe"]["name"]), load_target("cpu"), "reference")
+    for each in job.recipe.passes:
+        each.apply(job.detector, lambda what, fraction: None, job.samples)
+    return job.detector
 
 
 def test_a_graph_that_decodes_to_other_numbers_is_noticed(int8_build: Path) -> None:

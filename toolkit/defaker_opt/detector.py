@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from defaker_opt.catalog import data_folder
@@ -36,6 +38,7 @@ class Detector:
     """The joint model and what the passes have done to it. The only noun that changes.
 
     codes: name of a linear layer's weight → its quantized form, which then stands for that weight everywhere.
+    scales: name of a parameter → what its rows and its columns are multiplied by whenever it is read.
     savings: what its graphs leave out; torch leaves out nothing.
     """
 
@@ -43,6 +46,7 @@ class Detector:
     weights: Weights
     codes: MutableMapping[str, QuantizedWeight] = field(default_factory=dict)
     savings: Savings = EVERY_SAVING
+    scales: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def spec(self, stage: str) -> StageSpec:
         """The contract of one stage."""
@@ -54,7 +58,18 @@ class Detector:
             return torch.from_numpy(self.codes[name].dequantize())
         stage, _, inner = name.partition(".")
         compute = self._derived(stage).get(inner)
-        return (compute() if compute else self.weights.read(name)).to(torch.float32)
+        value = (compute() if compute else self.weights.read(name)).to(torch.float32)
+        if name not in self.scales:
+            return value
+        rows, columns = self.scales[name]
+        return value * rows if value.ndim == 1 else value * rows[:, None] * columns
+
+    def scale_(
+        self, name: str, rows: NDArray[np.float32] | float = 1.0, columns: NDArray[np.float32] | float = 1.0
+    ) -> None:
+        """From now on read a vector, or a matrix [rows, columns], times these factors and earlier ones."""
+        before = self.scales.get(name, (torch.ones(1), torch.ones(1)))
+        self.scales[name] = (before[0] * torch.as_tensor(rows), before[1] * torch.as_tensor(columns))
 
     def load_stage(self, stage: str) -> nn.Module:
         """A stage in torch, on the CPU, in float32, ready to run."""

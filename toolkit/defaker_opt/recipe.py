@@ -33,6 +33,7 @@ class Recipe:
     savings: Savings = EVERY_SAVING
     accept: Mapping[str, Limit] = field(default_factory=dict)
     calibration: str | None = None
+    reverted: Mapping[str, str] = field(default_factory=dict)
     explain: Explanation | None = None
 
     def stages(self) -> tuple[str, ...]:
@@ -52,6 +53,7 @@ class Recipe:
             "passes": [{pass_name(each): dataclasses.asdict(each)} for each in self.passes],
             "explain": self.explain and dataclasses.asdict(self.explain),
             "accept": limits_as_json(self.accept),
+            **({"reverted": dict(self.reverted)} if self.reverted else {}),
         }
 
 

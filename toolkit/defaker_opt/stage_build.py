@@ -89,7 +89,7 @@ def measure_parity(detector: Detector, stage: str, session: Session) -> dict[str
 
     The graph has run and is closed before torch begins, which then holds one block's weights at a time.
     """
-    cases = [(given, session.run(stage, given, Clock())) for given in _stage_inputs(stage, session)]
+    cases = [(given, session.run(stage, given, Clock())) for given in stage_inputs(stage, session)]
     session.close()
     module = detector.stream_stage(stage)
     worst: dict[str, float] = {}
@@ -110,7 +110,7 @@ def relative_difference(array: NDArray[Any], reference: NDArray[Any]) -> float:
     return float(difference / size) if size else float(difference)
 
 
-def _stage_inputs(stage: str, session: Session) -> Iterator[Tensors]:
+def stage_inputs(stage: str, session: Session) -> Iterator[Tensors]:
     """What a stage is given on the sample picture; the stages before it run as they were written."""
     image = Image.fromarray(sample_image())
     facts, clock = session.build.manifest.data["input"], Clock()

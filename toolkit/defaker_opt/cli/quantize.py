@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from defaker_opt.passes import Progress
     from defaker_opt.pipeline import Job
     from defaker_opt.runtime.build import Build
 
@@ -30,6 +31,10 @@ def quantize(
     replace: Annotated[bool, typer.Option("--replace", help="Replace another build at the output folder.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, with sizes; write nothing.")
+    ] = False,
+    never_slower: Annotated[
+        bool,
+        typer.Option("--never-slower", help="Time quantized stages here, and keep in float what is not faster."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")] = False,
 ) -> None:
@@ -52,10 +57,28 @@ def quantize(
         job = plan_job(loaded, aim, source or loaded.source, report)
         place = output or Path("exported") / f"{job.detector.config.name}-{loaded.name}"
         build = None if dry_run else make_build(job, place, report, replace)
+        if build is not None and never_slower:
+            build = _revert_slow(job, build, report)
     if build is None:
         _print_plan(job, place, as_json)
     else:
         _print_build(build, time.perf_counter() - started, as_json)
+
+
+def _revert_slow(job: Job, build: Build, report: Progress) -> Build:
+    """Time the build, write the times beside it, and make it anew without what does not pay."""
+    from defaker_opt.files import write_json
+    from defaker_opt.never_slower import keep_float, time_stages
+    from defaker_opt.pipeline import make_build, plan_job
+
+    timings = time_stages(job, build, report)
+    write_json(
+        build.folder.with_name(f"{build.folder.name}.timing.json"), {"stages": [each.as_json() for each in timings]}
+    )
+    if all(timing.pays for timing in timings):
+        return build
+    recipe = keep_float(job.recipe, job.detector, timings)
+    return make_build(plan_job(recipe, job.target, job.source, report), build.folder, report, replace=True)
 
 
 def _print_plan(job: Job, place: Path, as_json: bool) -> None:
@@ -97,6 +120,7 @@ def _print_build(build: Build, seconds: float, as_json: bool) -> None:
             "digest": build.digest,
             "bytes": build_bytes(build),
             "stages": stages,
+            "reverted": build.manifest.data["recipe"].get("reverted", {}),
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }
@@ -112,6 +136,8 @@ def _print_build(build: Build, seconds: float, as_json: bool) -> None:
         table.add_row(name, stage["scheme"], f"{stage['bytes'] / 1e6:.2f}", f"{stage['parity']:.1e}")
     console = Console()
     console.print(table)
+    for stage, reason in build.manifest.data["recipe"].get("reverted", {}).items():
+        console.print(f"{stage} stays in float: {reason}", highlight=False)
     if not build.manifest.trained:
         print(_UNTRAINED)
     console.print(f"next: defaker-opt run {build.folder} PHOTO --overlay-dir .", highlight=False, soft_wrap=True)

@@ -28,8 +28,8 @@ SchemeName = Literal[
 ]
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
 
-# What calibration may be asked to collect: "hessian", "shift" and "mean_abs" of `Statistics`.
-Need = Literal["hessian", "shift", "mean_abs"]
+# What calibration may be asked to collect, by the names of `Statistics`.
+Need = Literal["hessian", "shift", "mean_abs", "largest"]
 
 # The smallest group a blocked kernel accepts.
 MIN_GROUP = 16
@@ -117,13 +117,14 @@ class Statistics:
     by their weight.
 
     hessian: mean of x xᵀ [in, in]. shift: mean of (x̃ - x) xᵀ [in, in], where x̃ is what the layer is given when nothing
-    before it is quantized. mean_abs: mean of |x| [in]. tokens: how many were seen.
+    before it is quantized. mean_abs: mean of |x| [in]. largest: the largest |x| [in]. tokens: how many were seen.
     """
 
     tokens: int = 0
     hessian: Doubles | None = None
     shift: Doubles | None = None
     mean_abs: Doubles | None = None
+    largest: Doubles | None = None
 
 
 NOTHING_SEEN = Statistics()

@@ -29,6 +29,7 @@ class Sums:
     hessian: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     absolute: torch.Tensor | None = None
+    largest: torch.Tensor | None = None
 
     def add_(self, x: torch.Tensor, before: torch.Tensor | None, weights: torch.Tensor | None) -> None:
         """x, before [tokens, in], weights [tokens], None for 1 each; `before` is x when nothing was quantized."""
@@ -42,12 +43,19 @@ class Sums:
             self.shift = _sum(self.shift, (before - x).T @ weighted)
         if "mean_abs" in self.needs:
             self.absolute = _sum(self.absolute, weighted.abs().sum(dim=0))
+        if "largest" in self.needs:
+            largest = x.abs().amax(dim=0).double()
+            self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
     def statistics(self) -> Statistics:
         """The means so far."""
         assert self.weight > 0, "no token with a weight was seen"
-        means = (None if s is None else (s / self.weight).numpy() for s in (self.hessian, self.shift, self.absolute))
-        return Statistics(self.tokens, *means)
+        hessian, shift, mean_abs = (
+            None if total is None else (total / self.weight).numpy()
+            for total in (self.hessian, self.shift, self.absolute)
+        )
+        largest = None if self.largest is None else self.largest.numpy()
+        return Statistics(self.tokens, hessian, shift, mean_abs, largest)
 
 
 def _sum(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,6 @@ from defaker_opt.detector import Detector, empty_stage, linear_weights, paramete
 from defaker_opt.methods import NOTHING_SEEN, Need, Statistics
 from defaker_opt.observe import Collector, recorded
 from defaker_opt.observe.inputs import Balance, StageInput, question_inputs, tile_inputs, whole_inputs
-from defaker_opt.runtime.spec import STAGES
 from defaker_opt.samples import Samples
 from defaker_opt.stages import stage_file
 from defaker_opt.streaming import empty_block_, fill_block_, set_parameter_
@@ -51,15 +50,17 @@ def observe_layers(
     the next group, the caller puts the codes of the last one into the detector, which then stand for them.
     """
     with torch.inference_mode():
-        last = max(STAGES.index(name.partition(".")[0]) for name, wanted in needs.items() if wanted)
+        looked_at = {name.partition(".")[0] for name, wanted in needs.items() if wanted}
         shifted = any("shift" in wanted for wanted in needs.values())
         # The detector as it is, and, if anyone asks, as it was.
         sweep = Sweep([detector, dataclasses.replace(detector, codes={})][: 1 + shifted], needs)
-        vision = yield from sweep.walk("vision_encoder", [tile_inputs(detector, samples)] * (last >= 0), last > 0)
+        to_decoder = "mask_decoder" in looked_at
+        to_language = to_decoder or "language" in looked_at
+        vision = yield from sweep.walk("vision_encoder", [tile_inputs(detector, samples)], to_language)
         questions = [question_inputs(detector, each, balance) for each in vision]
-        language = yield from sweep.walk("language", questions, last > 1)
-        yield from sweep.walk("mask_encoder", [whole_inputs(detector, samples)] * (last > 1), keep=False)
-        yield from sweep.walk("mask_decoder", sweep.decoder_inputs(samples, language) if last > 2 else [], keep=False)
+        language = yield from sweep.walk("language", questions, to_decoder)
+        yield from sweep.walk("mask_encoder", [whole_inputs(detector, samples)], keep=False)
+        yield from sweep.walk("mask_decoder", sweep.decoder_inputs(samples, language), keep=False)
 
 
 @dataclass(frozen=True)
