@@ -102,5 +102,5 @@ def test_more_tiles_take_longer_and_too_many_are_refused() -> None:
 def test_a_recipe_the_target_cannot_run_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "small.yaml"
     target.write_text("description: mine\nbackend: onnx_runtime\nencodings: {float: matmul}\n")
-    with pytest.raises(PassError, match="recipe int8: .*cannot run on target small"):
+    with pytest.raises(PassError, match=r"recipe int8: .*cannot run on target small"):
         plan_recipe("int8", None, str(target))

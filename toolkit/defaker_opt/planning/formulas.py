@@ -143,7 +143,7 @@ def mask_decoder_counts(config: DetectorConfig) -> Counts:
 
 @dataclass(frozen=True)
 class Load:
-    """What one picture asks for. tiles: with the thumbnail. prefix: tokens of prompt, picture and start of the question."""
+    """What one picture asks for. tiles: with the thumbnail. prefix: tokens of prompt, picture and questions' start."""
 
     tiles: int
     prefix: int
