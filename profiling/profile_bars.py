@@ -2,8 +2,8 @@
 
     python profiling/profile_bars.py BUILD [--trials 20] [--rounds 12]
 
-Every trial runs the same build twice in turns; a planted slowdown is a pause of a tenth of the vision encoder's own time
-after each of its calls. The last line is one JSON object.
+Every trial runs the same build twice in turns; a planted slowdown is a pause after each call of the vision encoder, a
+tenth as long as the call. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class SlowerSession(Session):
     def run(
         self, stage: str, tensors: Mapping[str, Any], clock: Clock, outputs: tuple[str, ...] = ()
     ) -> dict[str, np.ndarray]:
+        """See `Session`."""
         started = time.perf_counter()
         done = super().run(stage, tensors, clock, outputs)
         if stage == SLOW:

@@ -42,7 +42,7 @@ def test_one_json_object_ends_the_output(profiled: tuple[Path, subprocess.Comple
     assert set(data["measured"]["stages"]) == {*STAGES, "preprocess", "mask_resize"}
     assert data["measured"]["covered"] <= 1
     assert data["fresh"]["peak_memory_bytes"] > data["fresh"]["base_memory_bytes"] > 1e7
-    assert [each["concurrency"] for each in data["throughput"]][0] == 1
+    assert data["throughput"][0]["concurrency"] == 1
     assert {"fp32", "int8", "int4"} == set(data["peaks"]["rates"])
     assert data["energy"]["measured"] or data["energy"]["joules_per_image"] is None
     stages = {row["stage"]: row for row in data["roofline"]}
