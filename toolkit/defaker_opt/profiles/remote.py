@@ -138,16 +138,16 @@ def _send(
     stream: IO[bytes], build: Build, compare: Build | None, images: Sequence[Path], arguments: Sequence[str]
 ) -> None:
     """One archive with our code, the builds and the pictures."""
-    told = ["build", *arguments]
+    told = [f"build/{build.folder.resolve().name}", *arguments]
     with tarfile.open(fileobj=stream, mode="w|", dereference=True) as archive:
         for path in sorted(PACKAGE.rglob("*.py")):
             inner = path.relative_to(PACKAGE)
             if len(inner.parts) == 1 or inner.parts[0] in _CODE:
                 archive.add(path, f"code/defaker_opt/{inner.as_posix()}")
-        archive.add(build.folder, "build")
+        archive.add(build.folder, told[0])
         if compare:
-            archive.add(compare.folder, "compare")
-            told += ["--compare", "compare"]
+            told += ["--compare", f"compare/{compare.folder.resolve().name}"]
+            archive.add(compare.folder, told[-1])
         for index, path in enumerate(images):
             archive.add(path, f"images/{index:06d}{path.suffix}")
             told += ["--images", "images"] if index == 0 else []
