@@ -89,7 +89,7 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
     sizes = predict_sizes(detector, schemes, recipe)
     counts = stage_counts(detector.config, picture_load(detector.config, tiles, target.session.tokens))
     halves = 1.0 if target.available else 0.5  # engines hold what stays float in 16 bits
-    run_memory = _run_memory(detector, sizes, counts, tiles, halves, device)
+    run_memory = _run_memory(detector, sizes, counts, tiles, halves)
     steps = [_make_step(detector, sizes, counts, here)]
     if device.engine_build_memory:
         largest = max(sizes.stages.values()) * halves
@@ -147,9 +147,7 @@ def _blocks(detector: Detector, stage: str) -> int:
     return {**blocks, "mask_encoder": sum(config.segmenter.blocks)}.get(stage, 0)
 
 
-def _run_memory(
-    detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], tiles: int, halves: float, device: Device
-) -> float:
+def _run_memory(detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], tiles: int, halves: float) -> float:
     """Libraries, every stage's weights, what each stage's arena keeps, and key/values."""
     language = detector.config.language
     load = picture_load(detector.config, tiles, 0)
