@@ -57,6 +57,7 @@ def _print(found: Forecast, title: str) -> None:
     for name, size in found.sizes.stages.items():
         spent = found.latency.stages.get(name)
         table.add_row(name, f"{size / 1e6:.1f}", "not forecast" if spent is None else f"{spent:.1f}")
+    table.add_row("preprocess", "", f"{found.latency.stages['preprocess']:.1f}")
     table.add_row("together", f"{found.sizes.total / 1e6:.1f}", f"{found.latency.total_ms:.1f}")
     console.print(table)
     steps = Table()

@@ -13,6 +13,8 @@ from defaker_opt.errors import EXIT_LIMIT_BROKEN, DefakerError
 if TYPE_CHECKING:
     from defaker_opt.device import Device
     from defaker_opt.profiles.profile import Profile
+    from defaker_opt.profiles.remote import Host
+    from defaker_opt.runtime import Build
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -27,6 +29,11 @@ Diff_ = Annotated[
 ]
 Gate_ = Annotated[float, typer.Option(min=0, max=1, help="Make masks from this fake probability on; 0 runs it all.")]
 Threads_ = Annotated[int, typer.Option(min=0, help="Threads for each stage; 0 means one for each core.")]
+Remote_ = Annotated[
+    str, typer.Option(metavar="USER@HOST", help="Measure there instead, over ssh; nothing stays there.")
+]
+Ssh_ = Annotated[str, typer.Option(help="The ssh command with its options, such as 'ssh -p 2222'.")]
+Python_ = Annotated[str, typer.Option(help="The interpreter on the other machine.")]
 Json_ = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
 
 
@@ -40,6 +47,9 @@ def profile(
     diff: Diff_ = None,
     gate: Gate_ = 0.0,
     threads: Threads_ = 0,
+    remote: Remote_ = "",
+    ssh: Ssh_ = "ssh",
+    remote_python: Python_ = "python3",
     as_json: Json_ = False,
 ) -> None:
     """Measure a build: latency by stage and operator, memory, energy, throughput, and the distance to the roofline.
@@ -63,6 +73,17 @@ def profile(
     other = open_build(compare) if compare else None
     aim = _device(target) if target else None
     paths = _paths(images) if images else []
+    if remote:
+        from defaker_opt.profiles.remote import Host
+
+        if aim:
+            raise DefakerError(f"--target {target}: with --remote the roofline is that of {remote}; leave one out")
+        told = ["--repeat", str(repeat), "--gate", str(gate), "--threads", str(threads)]
+        builds = [opened, *([other] if other else [])]
+        found = _remotely(Host(remote, ssh, remote_python), builds, paths, told, report)
+        if as_json:
+            print(found)
+        return
     loaded = pictures(paths)
     settings = Settings(len(loaded), repeat, gate=gate, threads=threads)
     with progress_bar() as progress:
@@ -98,20 +119,24 @@ def _device(target: str) -> tuple[str, Device]:
 
 
 def _write(result: Profile, folder: Path) -> Path:
-    from defaker_opt.errors import write_failure
-    from defaker_opt.files import write_json
     from defaker_opt.profiles.page import profile_as_html
+    from defaker_opt.profiles.write import write_files
+    from defaker_opt.runtime.build import json_text
 
-    page = profile_as_html(result)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "profile.json", result.as_json())
-        partial = folder / ".profile.html.partial"
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(folder / "profile.html")
-    except OSError as error:
-        raise write_failure(folder, error) from error
+    write_files(folder, {"profile.json": json_text(result.as_json()), "profile.html": profile_as_html(result)})
     return folder / "profile.html"
+
+
+def _remotely(host: Host, builds: list[Build], paths: list[Path], arguments: list[str], report: Path | None) -> str:
+    """The result as JSON; the page's place is printed."""
+    from defaker_opt.profiles.remote import profile_remotely
+
+    build, other = builds[0], builds[1] if len(builds) > 1 else None
+    folder = report or Path("reports") / f"{build.folder.resolve().name}-on-{host.destination.rpartition('@')[2]}"
+    data = profile_remotely(host, build, other, paths, arguments, folder)
+    print(f"{data['measured']['total']['median']:.1f} ms an image on {data['machine']['processor']}")
+    print(f"report: {folder / 'profile.html'}")
+    return json.dumps(data)
 
 
 def _diff(paths: tuple[Path, Path], as_json: bool) -> None:

@@ -58,7 +58,7 @@ def plan_recipe(name: str, source: str | None, target: str | None, tiles: int = 
 
 
 def machine_device(machine: Machine) -> Device:
-    """This machine as a device: the stated rates of its kind of processor, times its cores; its own memory."""
+    """What this machine is as a device: the stated rates of its kind of processor, times its cores; its own memory."""
     kinds = [name for name in _STATED_CORES if _is_such(name, machine)]
     name = kinds[0] if kinds else "x86-avx2"
     device = load_target(name).device

@@ -19,8 +19,9 @@ from defaker_opt.target import Target
 _BLOCK_BYTES = {"float": 7_000, "quantized": 12_500}
 _REST_BYTES = {"vision_encoder": 6_000, "language": 4_500, "mask_encoder": 6_000, "mask_decoder": 68_000}
 _MANIFEST_BYTES, _MANIFEST_ENTRY_BYTES = 8_500, 150
-# A process with numpy, pillow and onnxruntime; and one with torch, transformers and the exporter. Measured.
-RUN_BASE_BYTES, MAKE_BASE_BYTES = 70e6, 600e6
+# Measured: 58 MB for a process with numpy, pillow and onnxruntime, 37 MB for four sessions without weights; and what
+# torch, transformers and the exporter take.
+RUN_BASE_BYTES, MAKE_BASE_BYTES = 95e6, 600e6
 # onnxruntime holds a stage's weights once more, laid out for its kernels, and its arena grows by powers of two.
 _ARENA = 1.5
 _FLOAT = 4
@@ -29,13 +30,17 @@ _FLOAT = 4
 _START_SECONDS, _BLOCK_SECONDS, _WEIGHT_RATE = 10.0, 0.4, 60e6
 # Pictures that a stage is compared on and tests itself with, in units of one run in torch.
 _CHECK_RUNS = 4.0
+# On CPUs a product of this width reaches half of the rate that wide ones reach, and twice the width two thirds.
+_HALF_WIDTH = 150
+# Cutting, resizing and normalizing, a pixel of what the encoders see. Seconds, measured.
+_PIXEL_SECONDS = 150e-9
 # TensorRT builds an engine from 16-bit weights; parsing, timing kernels and writing take about this, a guess.
 _ENGINE_RATE = 10e6
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the build's folder, and of each stage with its graph. weights: by stage, without graphs."""
+    """Bytes of each stage with its graph, and of the build's folder."""
 
     stages: Mapping[str, float]
     total: float
@@ -62,7 +67,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Forecast:
-    """fits: whether the run stays within the target's share of memory, and building an engine there too. why: if not."""
+    """fits: whether the run, and building an engine there, stay within the target's share of memory. why: if not."""
 
     recipe: str
     sizes: Sizes
@@ -84,14 +89,14 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
     sizes = predict_sizes(detector, schemes, recipe)
     counts = stage_counts(detector.config, picture_load(detector.config, tiles, target.session.tokens))
     halves = 1.0 if target.available else 0.5  # engines hold what stays float in 16 bits
-    run_memory = _run_memory(detector, sizes, counts, tiles, halves, device)
+    run_memory = _run_memory(detector, sizes, counts, tiles, halves)
     steps = [_make_step(detector, sizes, counts, here)]
     if device.engine_build_memory:
         largest = max(sizes.stages.values()) * halves
         seconds = sum(sizes.stages.values()) * halves / _ENGINE_RATE
         memory = RUN_BASE_BYTES + device.engine_build_memory * largest
         steps.append(Step("engines", target.name, seconds, memory))
-    latency = predict_latency(detector, schemes, counts, device, sizes)
+    latency = predict_latency(detector, schemes, counts, device, sizes, tiles)
     limit = device.budget.memory_share * device.memory.value * 1e9
     steps.append(Step("run", target.name, latency.total_ms / 1e3, run_memory))
     too_large = [step for step in steps if step.where == target.name and step.memory_bytes > limit]
@@ -142,9 +147,7 @@ def _blocks(detector: Detector, stage: str) -> int:
     return {**blocks, "mask_encoder": sum(config.segmenter.blocks)}.get(stage, 0)
 
 
-def _run_memory(
-    detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], tiles: int, halves: float, device: Device
-) -> float:
+def _run_memory(detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], tiles: int, halves: float) -> float:
     """Libraries, every stage's weights, what each stage's arena keeps, and key/values."""
     language = detector.config.language
     load = picture_load(detector.config, tiles, 0)
@@ -167,7 +170,12 @@ def _make_step(detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], h
 
 
 def predict_latency(
-    detector: Detector, schemes: Mapping[str, str], counts: Mapping[str, Counts], device: Device, sizes: Sizes
+    detector: Detector,
+    schemes: Mapping[str, str],
+    counts: Mapping[str, Counts],
+    device: Device,
+    sizes: Sizes,
+    tiles: int,
 ) -> Latency:
     """Each stage's operations at what good engines reach of the device's rates, or its weights through its memory.
 
@@ -189,9 +197,22 @@ def predict_latency(
             elementwise = (
                 _FLOAT * found.traffic_values / (device.bandwidth.value * 1e9 * device.efficiency.bandwidth.value)
             )
+            seconds *= 1 + _HALF_WIDTH / _width(detector, stage)
         reached = max(seconds / device.efficiency.compute.value, moved / device.efficiency.bandwidth.value)
         stages[stage] = (reached + elementwise) * 1e3
+    stages["preprocess"] = 1e3 * _PIXEL_SECONDS * _pixels(detector, tiles)
     return Latency(stages, sum(stages.values()), floors * 1e3)
+
+
+def _width(detector: Detector, stage: str) -> float:
+    """How wide a stage's products are, about."""
+    config = detector.config
+    widths = {"vision_encoder": config.vision.hidden_size, "language": config.language.hidden_size}
+    return widths.get(stage, sum(config.segmenter.widths[:3]) / 3)
+
+
+def _pixels(detector: Detector, tiles: int) -> float:
+    return tiles * detector.config.tiling.tile_size**2 + detector.config.segmenter.image_size**2
 
 
 def _rate(device: Device, kind: str) -> float:

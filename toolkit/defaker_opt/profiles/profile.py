@@ -6,9 +6,8 @@ import dataclasses
 import datetime
 import importlib.util
 import math
-import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,7 +226,7 @@ def build_facts(build: Build) -> BuildFacts:
     )
 
 
-def _energy(judge: Any, machine: Machine, settings: Settings) -> Energy:
+def _energy(judge: Callable[[], object], machine: Machine, settings: Settings) -> Energy:
     meter = find_meter()
     if machine.jetson:
         import time
@@ -279,8 +278,3 @@ def pictures(paths: Sequence[Path]) -> list[Image.Image]:
     from defaker_opt.sample import sample_image
 
     return [load_image(str(path)) for path in paths] or [Image.fromarray(sample_image())]
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

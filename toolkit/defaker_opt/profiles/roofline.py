@@ -73,5 +73,6 @@ def stage_roofline(
     floor = floor_here(work, peaks) if peaks else None
     target = floor_on(work, device) if device else None
     achieved = floor.ms / measured_ms if floor and measured_ms else None
-    bound = (floor or target).bound if floor or target else "unknown"  # type: ignore[union-attr]
+    decides = floor or target
+    bound = decides.bound if decides else "unknown"
     return StageRoofline(stage, work, measured_ms, floor, achieved, bound, target)

@@ -16,6 +16,7 @@ Shape = tuple[int, ...]
 
 # What runs a product, by the type of its weights in the graph.
 _FORMATS = {"MatMulInteger": "int8", "MatMulNBits": "int4"}
+_WIDENED = ".widened.codes"
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,16 @@ def add_work(parts: Iterable[Work]) -> Work:
 def count_work(model: onnx.ModelProto, inputs: Mapping[str, Shape], outputs: Sequence[str]) -> Work:
     """Count what computing `outputs` takes; `inputs` are the sizes of the graph's inputs. Weights may be absent.
 
+    Whatever else the graph takes in is a weight, too.
+
     A tensor whose size depends on values (none of those that products read) counts as empty.
     """
     graph = _sized(model, inputs)
     sizes = _sizes(graph)
-    initial = {each.name: each for each in graph.initializer}
+    initial = {each.name: each.data_type for each in graph.initializer}
+    for value in graph.input:
+        if value.name not in inputs and not value.name.endswith(_WIDENED):
+            initial[value.name] = value.type.tensor_type.elem_type
     operations: dict[str, float] = {}
     weights: dict[str, float] = {}
     attention = traffic = 0.0
@@ -81,7 +87,7 @@ def count_work(model: onnx.ModelProto, inputs: Mapping[str, Shape], outputs: Seq
         for name in node.input:
             if name in initial and name not in seen:
                 seen.add(name)
-                kind = "fp32" if initial[name].data_type == onnx.TensorProto.FLOAT else _weight_format(node)
+                kind = "fp32" if initial[name] == onnx.TensorProto.FLOAT else _weight_format(node)
                 weights[kind] = weights.get(kind, 0.0) + sizes[name][1]
     activations = sum(sizes[name][1] for name in (*inputs, *outputs) if name in sizes)
     return Work(operations, attention, weights, activations, traffic)
@@ -116,7 +122,7 @@ def _widen_blocked_products_(graph: onnx.GraphProto) -> None:
         if node.op_type != "MatMulNBits":
             continue
         attributes = {each.name: each.i for each in node.attribute}
-        name = f"{node.input[1]}.widened.codes"
+        name = f"{node.input[1]}{_WIDENED}"
         dims = [attributes["K"], attributes["N"]]
         graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims))
         codes, scales = node.input[1], node.input[2]
@@ -160,7 +166,7 @@ def _needed(graph: onnx.GraphProto, outputs: Sequence[str]) -> list[onnx.NodePro
             needed.append(node)
             wanted.update(node.input)
             if node.doc_string == "MatMulNBits":
-                codes = node.input[1].removesuffix(".widened.codes")
+                codes = node.input[1].removesuffix(_WIDENED)
                 scale = f"{codes.removesuffix('.codes')}.scale"
                 needed += [readers[f"{name}.read"] for name in (codes, scale) if f"{name}.read" in readers]
     return needed

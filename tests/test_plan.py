@@ -1,0 +1,106 @@
+"""Forecasts against builds that were made, and what is said where something does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from defaker_opt.detector import load_detector
+from defaker_opt.errors import DefakerError, PassError
+from defaker_opt.planning.fit import plan_recipe
+from defaker_opt.planning.formulas import language_counts, mask_encoder_counts, vision_counts
+from defaker_opt.runtime import open_build
+from tests.conftest import defaker_opt, summary_of
+
+
+def test_sizes_are_those_of_the_build(any_build: Path) -> None:
+    data = open_build(any_build).manifest.data
+    planned = plan_recipe(data["recipe"]["name"], None, None).forecast
+    actual = sum(path.stat().st_size for path in any_build.iterdir())
+    assert planned.sizes.total == pytest.approx(actual, rel=0.02)
+    for stage, entry in data["stages"].items():
+        assert planned.sizes.stages[stage] == pytest.approx(entry["bytes"], rel=0.05), stage
+
+
+def test_memory_for_making_it_was_foreseen(any_build: Path) -> None:
+    recipe = open_build(any_build).manifest.data["recipe"]["name"]
+    step = plan_recipe(recipe, None, None).forecast.steps[0]
+    assert step.name == "quantize and export"
+    peak = summary_of(any_build)["peak_memory_bytes"]
+    assert isinstance(peak, int)
+    assert step.memory_bytes == pytest.approx(peak, rel=0.15)
+
+
+def test_memory_for_running_it_was_foreseen(any_build: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from defaker_opt.profiles.fresh import measure_fresh
+    from defaker_opt.sample import sample_image
+
+    recipe = open_build(any_build).manifest.data["recipe"]["name"]
+    Image.fromarray(sample_image()).save(tmp_path / "image.png")
+    fresh = measure_fresh(any_build, tmp_path / "image.png", 0.0, threads=2, processes=1)
+    assert plan_recipe(recipe, None, None).forecast.run_memory_bytes == pytest.approx(fresh.peak_memory_bytes, rel=0.15)
+
+
+# From published sizes: methods' table of operations, in 10¹².
+def test_full_sizes_count_as_published() -> None:
+    config = load_detector("defakerone-2b:random").config
+    vision = vision_counts(config, 1)
+    layers = 24 * (2 * 1025 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 1025**2 * 1024)
+    projector = 2 * 256 * (4096 * 2048 + 2048**2)
+    assert layers / 1e12 == pytest.approx(0.724, rel=0.002)
+    assert vision.total - vision.convolution - projector == pytest.approx(layers, rel=1e-9)
+    assert mask_encoder_counts(config).total / 1e12 == pytest.approx(1.812, rel=0.1)
+    tokens = 1000
+    parameters = 24 * (2048 * (2048 + 2 * 1024) + 2048**2 + 3 * 2048 * 8192)
+    full = 2 * parameters * tokens + 4 * tokens**2 * 2048 * 24
+    assert language_counts(config, tokens).total == pytest.approx(full, rel=0.001)
+
+
+def test_a_2b_detector_fits_a_nano_in_int8_only() -> None:
+    source, target = "defakerone-2b:random", "orin-nano-super-8gb"
+    fits = plan_recipe("int8", source, target)
+    assert fits.forecast.fits
+    assert fits.nearest == ""
+    assert any("budget" in line for line in fits.forecast.warnings)
+    whole = plan_recipe("float32", source, target)
+    assert not whole.forecast.fits
+    assert "of the 5.6 GB" in whole.forecast.why
+    assert whole.nearest in ("int8", "int4")
+
+
+def test_what_no_recipe_makes_fit_is_said() -> None:
+    planned = plan_recipe("float32", "sa2va-8b:random", "orin-nano-super-8gb")
+    assert not planned.forecast.fits
+    assert planned.nearest == ""
+
+
+def test_the_command_says_it_and_ends_with_one() -> None:
+    done = defaker_opt(
+        "plan", "--recipe", "float32", "--source", "defakerone-2b:random", "--target", "orin-nano-super-8gb"
+    )
+    assert done.returncode == 1, done.stderr
+    assert "does not fit: " in done.stdout
+    assert "nearest recipe that does: int" in done.stdout
+    done = defaker_opt("plan", "--recipe", "int8", "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert [step["name"] for step in data["forecast"]["steps"]] == ["quantize and export", "run"]
+    assert not any("random" in note for note in data["notes"])
+
+
+def test_more_tiles_take_longer_and_too_many_are_refused() -> None:
+    few, many = (plan_recipe("int8", None, None, tiles).forecast.latency.total_ms for tiles in (1, 5))
+    assert few < many
+    with pytest.raises(DefakerError, match="at most 5; give 1 to 5"):
+        plan_recipe("int8", None, None, 6)
+
+
+def test_a_recipe_the_target_cannot_run_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "small.yaml"
+    target.write_text("description: mine\nbackend: onnx_runtime\nencodings: {float: matmul}\n")
+    with pytest.raises(PassError, match=r"recipe int8: .*cannot run on target small"):
+        plan_recipe("int8", None, str(target))
