@@ -122,7 +122,6 @@ class Session:
             self._make_room_for(stage)
             target = self.build.manifest.data["target"]
             options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
-            options["skip_unread"] = self.build.manifest.saves("last_layer_rows")
             backend = find_backend(target["backend"])
             self._open[stage] = backend.open_stage(self.build.folder / f"{stage}.onnx", self.spec(stage), options)
         return self._open[stage]

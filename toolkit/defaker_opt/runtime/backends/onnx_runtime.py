@@ -34,7 +34,7 @@ _OPEN_ERRORS = (
 
 
 def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:
-    """Open an ONNX file. `options`: `threads` (0 = one for each core), `skip_unread` (only what is asked for runs)."""
+    """Open an ONNX file. `options`: `threads` (0 = one for each core)."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _LOG_ERRORS_ONLY
     # The arena keeps the largest call's memory for good, and saves no time that could be measured.
@@ -44,11 +44,9 @@ def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenS
         session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     except _OPEN_ERRORS as error:
         raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
-    run_options = onnxruntime.RunOptions()
-    run_options.only_execute_path_to_fetches = bool(options.get("skip_unread", False))
 
     def run(tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         check_input(spec, tensors)
-        return dict(zip(outputs, session.run(list(outputs), dict(tensors), run_options)))
+        return dict(zip(outputs, session.run(list(outputs), dict(tensors))))
 
     return run
