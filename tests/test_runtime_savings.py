@@ -1,4 +1,4 @@
-"""What the runtime leaves out or gives back by itself: masks below the gate, unread outputs, stages of other phases."""
+"""What the runtime leaves out or gives back by itself: masks below the gate, stages of other phases."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
-from onnxruntime.capi import onnxruntime_pybind11_state as native
 from PIL import Image
 
 from defaker_opt.runtime import Build, Manifest, open_build, open_session
 from defaker_opt.runtime import session as session_module
-from defaker_opt.runtime.backends import onnx_runtime
-from defaker_opt.runtime.backends.onnx_runtime import open_stage
+from defaker_opt.runtime.clock import Clock
 from defaker_opt.runtime.prompts import extend_
-from defaker_opt.runtime.spec import StageSpec, TensorSpec
 from defaker_opt.sample import sample_image
 from tests.conftest import shared_build
 
@@ -61,45 +56,20 @@ def test_a_gate_holds_back_masks_and_changes_nothing_else(float_build: Path) -> 
     assert 0 < held_back < len(ungated)
 
 
-def graph_that_breaks(path: Path) -> StageSpec:
-    """`good` is x + 1; `bad` fails whenever it is computed, as 3 numbers have no shape [7]."""
-    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
-    seven = helper.make_tensor("seven", TensorProto.INT64, [1], [7])
-    nodes = [helper.make_node("Add", ["x", "one"], ["good"]), helper.make_node("Reshape", ["x", "seven"], ["bad"])]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("good", "bad")]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])]
-    graph = helper.make_graph(nodes, "g", inputs, outputs, [one, seven])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    tensors = {name: TensorSpec(name, "float32", ("n",)) for name in ("x", "good", "bad")}
-    return StageSpec("s", (tensors["x"],), (tensors["good"], tensors["bad"]))
-
-
-def test_outputs_that_nobody_reads_are_not_computed(tmp_path: Path) -> None:
-    spec = graph_that_breaks(tmp_path / "s.onnx")
-    given = {"x": np.zeros(3, np.float32)}
-    skipping = open_stage(tmp_path / "s.onnx", spec, {"skip_unread": True})
-    np.testing.assert_array_equal(skipping(given, ("good",))["good"], np.ones(3, np.float32))
-    with pytest.raises(native.RuntimeException):
-        skipping(given, ("good", "bad"))
-    with pytest.raises(native.RuntimeException):
-        open_stage(tmp_path / "s.onnx", spec, {"skip_unread": False})(given, ("good",))
-
-
-@pytest.mark.parametrize("saves", [True, False])
-def test_unread_outputs_are_skipped_where_the_last_layer_is(
-    saves: bool, float_build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build, given = open_build(float_build), []
-    build.manifest.data["recipe"]["savings"]["last_layer_rows"] = saves
-
-    class Backend:
-        def open_stage(self, file: Path, spec: StageSpec, options: Mapping[str, Any]) -> Any:
-            given.append(options["skip_unread"])
-            return onnx_runtime.open_stage(file, spec, options)
-
-    monkeypatch.setattr(session_module, "find_backend", lambda name: Backend())
-    open_session(build).open_stage("language")
-    assert given == [saves]
+def test_asking_for_fewer_outputs_changes_none_of_them(float_build: Path) -> None:
+    """The prefix asks for key/values alone, the questions for one output each."""
+    session = open_session(open_build(float_build))
+    spec = session.spec("language")
+    given: dict[str, Any] = {each.name: np.zeros((1, 3, 0, 64), np.float32) for each in spec.inputs[2:]}
+    given |= {"inputs_embeds": np.ones((1, 11, 192), np.float32), "position_ids": np.arange(11)[None]}
+    every = session.run("language", given, Clock())
+    assert set(every) == {tensor.name for tensor in spec.outputs}
+    keys = session.run("language", given, Clock(), session.present())
+    assert set(keys) == set(session.present())
+    for name, array in keys.items():
+        np.testing.assert_array_equal(array, every[name])
+        assert array.shape[2] == 11
+    assert every["last_hidden"].shape == (1, 192)
 
 
 @pytest.mark.parametrize("recipe", ["float32", "plain"])

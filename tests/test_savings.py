@@ -159,7 +159,7 @@ def test_the_last_row_alone_is_the_last_of_all_rows(past: int) -> None:
 
 
 def test_the_last_layer_of_a_graph_computes_one_row(float_build: Path, plain_build: Path) -> None:
-    """Asked for key/values alone, the last layer's other products are not needed; asked for a verdict, of one row."""
+    """Whatever the graph is asked for, the last layer's other products are of one row."""
 
     def rows(build: Path) -> int:
         spec = open_build(build).manifest.spec("language")

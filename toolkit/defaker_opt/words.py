@@ -109,6 +109,8 @@ def _from_sentencepiece(piece: str) -> bytes:
 
 def _from_byte_level(piece: str) -> bytes:
     """GPT-2's alphabet: printable Latin-1 stands for itself, other bytes for U+0100 and on (Radford et al. 2019)."""
+    if any(letter not in _BYTES for letter in piece):
+        return piece.encode()  # appended to the vocabulary as it is written
     return bytes(_BYTES[letter] for letter in piece)
 
 

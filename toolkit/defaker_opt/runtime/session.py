@@ -130,11 +130,8 @@ class Session:
 
     def options(self) -> dict[str, Any]:
         """What the backend is told of how to run stages."""
-        options = {
-            **self.build.manifest.data["target"]["session"],
-            **({"threads": self.threads} if self.threads else {}),
-        }
-        return {**options, "skip_unread": self.build.manifest.saves("last_layer_rows")}
+        target = self.build.manifest.data["target"]
+        return {**target["session"], **({"threads": self.threads} if self.threads else {})}
 
     def _make_room_for(self, stage: str) -> None:
         """Where not all stages may be open at once, close those of other phases."""

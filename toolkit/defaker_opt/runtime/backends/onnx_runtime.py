@@ -36,13 +36,12 @@ _OPEN_ERRORS = (
 
 
 def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:
-    """Open an ONNX file. `options`: `threads` (0 = one for each core), `skip_unread` (only what is asked for runs)."""
+    """Open an ONNX file. `options`: `threads` (0 = one for each core)."""
     session = _open(file, _settings(options))
-    run_options = _run_options(options)
 
     def run(tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         check_input(spec, tensors)
-        return dict(zip(outputs, session.run(list(outputs), dict(tensors), run_options)))
+        return dict(zip(outputs, session.run(list(outputs), dict(tensors))))
 
     return run
 
@@ -59,11 +58,11 @@ def trace_stage(
         settings = _settings(options)
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / spec.name)
-        session, run_options = _open(file, settings), _run_options(options)
+        session = _open(file, settings)
         for _ in range(repeat + 1):
             for tensors, outputs in calls:
                 check_input(spec, tensors)
-                session.run(list(outputs), dict(tensors), run_options)
+                session.run(list(outputs), dict(tensors))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     runs = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")
     operators = _operators(events, [began + took for began, took in runs], skip=len(calls))
@@ -96,9 +95,3 @@ def _open(file: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.Infer
         return onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     except _OPEN_ERRORS as error:
         raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
-
-
-def _run_options(options: Mapping[str, Any]) -> onnxruntime.RunOptions:
-    run_options = onnxruntime.RunOptions()
-    run_options.only_execute_path_to_fetches = bool(options.get("skip_unread", False))
-    return run_options
