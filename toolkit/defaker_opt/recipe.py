@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from defaker_opt import strict
 from defaker_opt.catalog import find_module, find_yaml, module_names
 from defaker_opt.errors import DefakerError
-from defaker_opt.limits import Limit, limits_as_json, unknown_metrics
+from defaker_opt.limits import Accept, limits_as_json, parse_limits
 from defaker_opt.savings import EVERY_SAVING, Savings
 
 
@@ -28,7 +28,7 @@ class Recipe:
     target: str
     passes: tuple[Any, ...]
     savings: Savings = EVERY_SAVING
-    accept: Mapping[str, Limit] = field(default_factory=dict)
+    accept: Accept = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The form the manifest keeps: the recipe as it was read, defaults filled in."""
@@ -50,9 +50,7 @@ class _RecipeFile:
     target: str
     passes: tuple[dict[str, Any], ...] = ()
     savings: Savings = EVERY_SAVING
-    accept: dict[str, Limit] = field(default_factory=dict)
-
-    CHECKS: ClassVar[Mapping[str, Callable[[dict[str, Limit]], str | None]]] = {"accept": unknown_metrics}
+    accept: dict[str, Any] = field(default_factory=dict)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -64,14 +62,17 @@ def load_recipe(name: str) -> Recipe:
 def parse_recipe(name: str, data: object, file: Path | str) -> Recipe:
     """Check parsed YAML. Raises ConfigError with every problem."""
     passes: list[object] = []
+    accept: dict[str, Any] = {}
 
     def check(report: strict.Report) -> None:
         if isinstance(data, Mapping):
             passes.extend(_parse_passes(data.get("passes"), report))
             _check_target(data.get("target"), report)
+            limits = data.get("accept")
+            accept.update(parse_limits(limits if isinstance(limits, Mapping) else {}, "accept", report))
 
     parsed = strict.read_value(_RecipeFile, data, file, check)
-    return Recipe(name, parsed.description, parsed.source, parsed.target, tuple(passes), parsed.savings, parsed.accept)
+    return Recipe(name, parsed.description, parsed.source, parsed.target, tuple(passes), parsed.savings, accept)
 
 
 def _parse_passes(entries: object, report: strict.Report) -> Iterator[object]:

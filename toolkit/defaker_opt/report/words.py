@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from defaker_opt.drift.latency import Latency
 from defaker_opt.report.values import DriftReport, Figure, Refit, Slice, SuiteReport
 from defaker_opt.statistics.decision import Decision
 
@@ -100,10 +101,21 @@ def refit_words(fit: Refit) -> str:
     )
 
 
+def latency_words(latency: Latency) -> str:
+    """The latency against its limit."""
+    answer = "REJECT" if latency.broken else "ACCEPT"
+    return (
+        f"latency: median {latency.median_ms:.0f} ms an image, mask included, over {latency.images} images judged "
+        f"alone with {latency.threads} threads; limit {latency.max_ms:g} ms: {answer}"
+    )
+
+
 def answer_lines(report: DriftReport) -> list[str]:
     """What a terminal needs: the decision, the limits, the worst slice, and what must not be overlooked."""
     lines = [f"{report.decision}: {report.build.name} against {report.reference.name}"]
     lines += [f"  {limit_line(suite, figure)}" for suite, figure in limited(report.suites)]
+    if report.latency:
+        lines.append(f"  {latency_words(report.latency)}")
     if report.sequential:
         lines.append(f"  stopped after {report.sequential.judged:,} of {report.sequential.planned:,} images")
     if report.worst:
