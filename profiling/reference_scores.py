@@ -2,7 +2,7 @@
 
     python profiling/reference_scores.py BUILD [--perturb all] [--suite drift-test] [--suite FILE --data ROOT]
 
-Every figure has a 95 % interval of a BCa bootstrap over pairs of twins; JSON is the last line. Masks are measured in
+Every figure has a 95 % interval over pairs of twins; JSON is the last line. Masks are measured in
 pixels of the picture, at the shipped threshold; authentic pictures count in verdicts only.
 """
 
@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from defaker_opt.benchmarks import metrics
-from defaker_opt.benchmarks.localization import mean_over_forged
+from defaker_opt.benchmarks.influence import of_calibration_error, of_mean
+from defaker_opt.benchmarks.metrics import calibration_error
 from defaker_opt.drift.perturbations import NONE, parse_perturbations
 from defaker_opt.drift.rows import ImageRow
 from defaker_opt.drift.run import JudgedRun, Run, asked_crew, fitted_crew, judge_runs
 from defaker_opt.drift.suites import load_suite
-from defaker_opt.errors import DefakerError
 from defaker_opt.files import default_cache_folder
 from defaker_opt.runtime import open_build
 from defaker_opt.statistics import Floats, Interval
-from defaker_opt.statistics.bootstrap import bca_interval, bootstrap_clusters
+from defaker_opt.statistics.auc import auc_influence
+from defaker_opt.statistics.spread import spread_interval, spread_of
 
 SMALL = 0.02
 NAMES = ("auc", "accuracy", "ece", "tpr", "fpr", "iou", "iou_small")
@@ -75,40 +75,42 @@ def nan_if_none(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def score(judged: Judged, resamples: int) -> dict[str, dict[str, float]]:
+def score(judged: Judged) -> dict[str, dict[str, float]]:
     """Each figure that is defined: value, low, high."""
-    figures = {name: lambda weights, name=name: figure(name, judged, weights) for name in NAMES}
     found = {}
-    for name, compute in figures.items():
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value = compute(np.ones((1, len(judged.label))))[0]
-        if np.isnan(value):
+    for name in NAMES:
+        figure = measure(name, judged)
+        if figure is None:
             continue
-        try:
-            result = bootstrap_clusters(lambda weights, c=compute: c(weights)[:, None], judged.pair, resamples)
-        except DefakerError:  # too few of one class for an interval
-            found[name] = {"value": float(value)}
-            continue
-        interval = bca_interval(result, 0, within=Interval(0.0, 1.0))
-        found[name] = {"value": float(value), "low": interval.low, "high": interval.high}
+        value, influence = figure
+        interval = spread_interval(spread_of(value, influence, judged.pair), within=Interval(0.0, 1.0))
+        found[name] = {"value": value, "low": interval.low, "high": interval.high}
     return {name: {key: round(number, 4) for key, number in entry.items()} for name, entry in found.items()}
 
 
-def figure(name: str, judged: Judged, weights: Floats) -> Floats:
-    """One figure for each row of weights [B, N]; NaN where it is undefined."""
+def measure(name: str, judged: Judged) -> tuple[float, Floats] | None:
+    """One figure, and what each image adds to its error [N]; None where it is undefined."""
     label, probability = judged.label, judged.probability
     if name == "auc":
-        return metrics.area_under_curve(label, probability, weights)
-    if name == "accuracy":
-        return metrics.accuracy(label, probability, 0.5, weights)
+        if len(set(label.tolist())) < 2:
+            return None
+        areas, parts = auc_influence(label, probability[None])
+        return float(areas[0]), parts[0]
     if name == "ece":
-        return metrics.calibration_error(label, probability, weights)
-    if name == "tpr":
-        return metrics.true_positive_rate(label, probability, 0.5, weights)
-    if name == "fpr":
-        return metrics.false_positive_rate(label, probability, 0.5, weights)
-    counted = ~np.isnan(judged.iou) & ((judged.share < SMALL) | (name == "iou"))
-    return mean_over_forged(judged.iou, counted, weights)
+        value = calibration_error(label, probability, np.ones((1, len(label))))[0]
+        return float(value), of_calibration_error(label, probability)
+    called = (probability > 0.5).astype(np.float64)
+    everything = np.ones(len(label), bool)
+    small = judged.share < SMALL
+    masked = ~np.isnan(judged.iou)
+    values, used = {
+        "accuracy": (called == label, everything),
+        "tpr": (called, label == 1),
+        "fpr": (called, label == 0),
+        "iou": (judged.iou, masked),
+        "iou_small": (judged.iou, masked & small),
+    }[name]
+    return (float(values[used].mean()), of_mean(values, used)) if used.any() else None
 
 
 def groups(judged: Judged) -> Iterator[tuple[str, Judged]]:
@@ -142,7 +144,6 @@ def main() -> None:
     parser.add_argument("--suite", action="append", help="embedded (default), quick, a CSV or a benchmark's name")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--perturb", action="append", default=[])
-    parser.add_argument("--resamples", type=int, default=1000)
     given = parser.parse_args()
     build, cache = open_build(given.build), default_cache_folder()
     suites = [load_suite(name, given.data, cache, show_progress) for name in given.suite or ["embedded"]]
@@ -154,7 +155,7 @@ def main() -> None:
         parts = groups(collect(each)) if each.run.perturbation == NONE else [("all", collect(each))]
         for part, judged in parts:
             title = f"{each.run.benchmark.name} {part} {each.run.perturbation}".removesuffix(" none")
-            table.append((title, score(judged, given.resamples)))
+            table.append((title, score(judged)))
     print_table(table)
     print(
         json.dumps(

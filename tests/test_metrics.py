@@ -151,7 +151,7 @@ def test_weights_do_not_move_the_bins_of_calibration() -> None:
     edges = np.quantile(rows.build, np.arange(1, 15) / 15)
     bins = np.array([sum(p > edge for edge in edges) for p in rows.build])
     gaps = [abs(sum(times[bins == b] * (rows.build - rows.labels)[bins == b])) for b in range(15)]
-    found = metrics.calibration_error(rows.labels, rows.build, times[None].astype(np.float64))[0]
+    found = metrics.calibration_error(rows.labels, rows.build, times[None].astype(np.float64), 15)[0]
     assert found == pytest.approx(sum(gaps) / times.sum())
 
 
@@ -220,20 +220,6 @@ def test_best_f1_is_that_of_all_thresholds() -> None:
 def test_best_f1_can_be_to_find_everything_and_needs_something_forged() -> None:
     assert masks.best_f1(np.array([[0, 1, 0], [9, 0, 0]])) == pytest.approx(18 / 19)
     assert masks.best_f1(np.array([[0, 1, 0], [0, 0, 0]])) is None
-
-
-def test_weighted_mask_figures_are_those_of_copied_pictures() -> None:
-    random = np.random.default_rng(8)
-    forged = np.array([1, 1, 0, 1, 1, 0, 1, 1, 1], bool)
-    f1 = np.where(forged, random.random(9), np.nan)
-    times = random.integers(0, 3, (4, 9))
-    for number, copies in enumerate(times):
-        expected = np.nanmean(f1[np.repeat(np.arange(9), copies)])
-        assert masks.mean_over_forged(f1, forged, times.astype(np.float64))[number] == pytest.approx(expected)
-
-
-def test_mask_figures_of_nothing_are_undefined() -> None:
-    assert np.isnan(masks.mean_over_forged(np.ones(2), np.zeros(2, bool), np.ones((1, 2)))).all()
 
 
 @pytest.mark.parametrize("shift", [-1.5, -0.2, 0.0, 0.3, 2.0])

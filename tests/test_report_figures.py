@@ -57,7 +57,7 @@ def sample(rows: tuple[ImageRow, ...]) -> Sample:
 
 @pytest.fixture(scope="module")
 def figures(sample: Sample) -> dict[str, Figure]:
-    measured = measure(sample, {}, resamples=200)
+    measured = measure(sample, {})
     assert not measured.missing
     return {figure.metric: figure for figure in measured.figures}
 
@@ -256,14 +256,14 @@ def test_a_surely_better_build_is_flagged(many: tuple[ImageRow, ...], tmp_path: 
     def repaired(place: int, row: ImageRow) -> ImageRow:
         return row if row.predicted == row.label else flip(row)
 
-    report = judge(comparison_of([paired(many, repaired)], tmp_path), ACCURACY, resamples=100)
+    report = judge(comparison_of([paired(many, repaired)], tmp_path), ACCURACY)
     assert report.decision == "ACCEPT"
     assert any("compression does not teach" in warning for warning in report.warnings)
 
 
 def test_one_bad_suite_of_two_rejects(many: tuple[ImageRow, ...], tmp_path: Path) -> None:
     runs = [paired(many, same, "good"), paired(many, plant(0.1, 1, 1200), "bad")]
-    report = judge(comparison_of(runs, tmp_path), ACCURACY, resamples=100)
+    report = judge(comparison_of(runs, tmp_path), ACCURACY)
     assert report.decision == "REJECT"
     assert [suite.decision for suite in report.suites] == ["ACCEPT", "REJECT"]
     assert report.pooled.images == 2400
@@ -299,7 +299,7 @@ def test_small_slices_are_named_not_dropped_silently(rows: tuple[ImageRow, ...])
 
 def test_a_limit_that_nothing_can_measure_is_undecided(many: tuple[ImageRow, ...], tmp_path: Path) -> None:
     authentic = tuple(row for row in many if row.label == 0)
-    report = judge(comparison_of([paired(authentic, same)], tmp_path), LIMITS, resamples=100)
+    report = judge(comparison_of([paired(authentic, same)], tmp_path), LIMITS)
     assert report.decision == "UNDECIDED"
     assert any("mask_iou: no forged image with a ground truth mask" in line for line in report.warnings)
     assert any(line.startswith("verdict_auc: ") for line in report.pooled.missing)
@@ -334,7 +334,7 @@ def test_evidence_without_truth_has_no_mask_figures(rows: tuple[ImageRow, ...]) 
     bare = tuple(dataclasses.replace(row, mask=dataclasses.replace(row.mask, truth=None)) for row in rows[:60])
     evidence: Evidence = gather(paired(bare, same))
     assert np.isnan(evidence.reference["mask_iou"]).all()
-    measured = measure(sample_of(evidence, HALVES), {}, resamples=100)
+    measured = measure(sample_of(evidence, HALVES), {})
     assert sum(line.startswith("mask_") for line in measured.missing) == 4
 
 

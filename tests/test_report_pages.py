@@ -73,7 +73,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 @pytest.fixture(scope="module")
 def report(comparison: Comparison) -> DriftReport:
     fit = Refit(NASTY, 128, 0.43, 0.5, 0.05, 0.09, 0.05, 1.25, "", "")
-    return dataclasses.replace(judge(comparison, LIMITS, resamples=200), refit=fit)
+    return dataclasses.replace(judge(comparison, LIMITS), refit=fit)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import itertools
 import math
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize
 
 
 def tango_score_plain(losses: float, gains: float, pictures: float, drop: float) -> float:
@@ -95,30 +95,6 @@ def crossing_of_line(corners, height):
             share = optimize.brentq(lambda t: height(tuple(np.array(start) * (1 - t) + np.array(end) * t)), 0, 1)  # noqa: B023
             return np.array(start) * (1 - share) + np.array(end) * share
     raise AssertionError
-
-
-def resamples_plain(figure, clusters, resamples, seed):
-    """Values of figure(row numbers) on rows copied as often as their cluster is drawn."""
-    names = np.unique(clusters)
-    random = np.random.default_rng(seed)
-    rows = {name: np.flatnonzero(clusters == name) for name in names}
-    drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    return np.array(
-        [figure(np.concatenate([rows[n] for n, times in zip(names, d) for _ in range(times)])) for d in drawn]
-    )
-
-
-def bca_plain(estimate, values, left_out, confidence):
-    """BCa with the formulas of Efron 1987, and the widening for few clusters, one step at a time."""
-    clusters = len(left_out)
-    bias = stats.norm.ppf((np.sum(values < estimate) + np.sum(values == estimate) / 2) / len(values))
-    mean = np.mean(left_out)
-    acceleration = np.sum((mean - left_out) ** 3) / (6 * np.sum((mean - left_out) ** 2) ** 1.5)
-    ends = []
-    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
-        z = stats.t.ppf(tail, clusters - 1) * math.sqrt(clusters / (clusters - 1))
-        ends.append(np.quantile(values, stats.norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))))
-    return ends
 
 
 def best_f1_plain(logits, truth, thresholds):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, folders that one process fills, and where what can be made again is kept."""
+"""Files that are whole or not there, folders that one process fills, and where to keep what can be made again."""
 
 from __future__ import annotations
 

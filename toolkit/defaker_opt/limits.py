@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from defaker_opt import strict
-from defaker_opt.errors import DefakerError, one_of
+from defaker_opt.errors import ConfigError, DefakerError, one_of
 
 # What may be limited, and what a drop of it is a drop of. Verdict figures are those of `benchmarks.metrics`.
 LIMITABLE: Mapping[str, str] = MappingProxyType(
@@ -58,27 +58,56 @@ class Limit:
     }
 
 
-def unknown_metrics(limits: Mapping[str, Limit]) -> str | None:
-    """What is wrong with the names of limits; None if nothing."""
-    wrong = [one_of(name, LIMITABLE) for name in limits if name not in LIMITABLE]
-    return "; ".join(wrong) if wrong else None
+@dataclass(frozen=True)
+class LatencyLimit:
+    """max: milliseconds that the median image may take from end to end, mask included."""
+
+    max: float
+
+    CHECKS: ClassVar[Mapping[str, Callable[[float], str | None]]] = {
+        "max": lambda value: None if value > 0 else f"must be above 0 milliseconds, got {value:g}"
+    }
 
 
-def limits_as_json(limits: Mapping[str, Limit]) -> dict[str, dict[str, float]]:
+# The one limit in `accept:` that is no drop.
+LATENCY = "latency_ms"
+
+Accept = Mapping[str, Limit | LatencyLimit]
+
+
+def parse_limits(data: Mapping[str, Any], where: str, report: strict.Report) -> dict[str, Limit | LatencyLimit]:
+    """The limits of `accept:` by metric."""
+    limits: dict[str, Limit | LatencyLimit] = {}
+    known = (*LIMITABLE, LATENCY)
+    for name, value in data.items():
+        if name in known:
+            parsed = strict.parse(LatencyLimit if name == LATENCY else Limit, value, f"{where}.{name}", report)
+            limits[name] = cast("Limit | LatencyLimit", parsed)
+        else:
+            report(where, one_of(name, known))
+    return limits
+
+
+def limits_as_json(limits: Accept) -> dict[str, dict[str, float]]:
     """As a manifest keeps them."""
     return {name: dataclasses.asdict(limit) for name, limit in limits.items()}
 
 
-def shipped_limits(manifest: Mapping[str, Any]) -> dict[str, Limit]:
+def shipped_limits(manifest: Mapping[str, Any]) -> Accept:
     """The limits of the recipe that a build was made with; none if it has none. Raises ConfigError."""
-    limits = {
-        name: strict.read_value(Limit, value, "manifest.json, recipe.accept")
-        for name, value in manifest["recipe"].get("accept", {}).items()
-    }
-    problem = unknown_metrics(limits)
-    if problem:
-        raise DefakerError(f"manifest.json, recipe.accept: {problem}")
+    problems: list[str] = []
+    limits = parse_limits(
+        manifest["recipe"].get("accept", {}), "recipe.accept", lambda where, what: problems.append(f"{where}: {what}")
+    )
+    if problems:
+        raise ConfigError("manifest.json", problems)
     return limits
+
+
+def choose_latency(manifest: Mapping[str, Any], asked: float) -> LatencyLimit | None:
+    """That of --max-latency if it is above 0, else the one that the build was shipped with, if any."""
+    shipped = shipped_limits(manifest).get(LATENCY)
+    return LatencyLimit(asked) if asked > 0 else shipped if isinstance(shipped, LatencyLimit) else None
 
 
 def choose_limits(manifest: Mapping[str, Any], max_drops: Sequence[str]) -> dict[str, Limit]:
@@ -92,7 +121,8 @@ def choose_limits(manifest: Mapping[str, Any], max_drops: Sequence[str]) -> dict
         if name in asked:
             raise DefakerError(f"--max-drop {text}: {name} given twice; give each metric one limit")
         asked[name] = limit
-    limits = asked or shipped_limits(manifest)
+    shipped = shipped_limits(manifest).items()
+    limits = asked or {name: limit for name, limit in shipped if isinstance(limit, Limit)}
     if not limits:
         raise DefakerError(
             "no limit to judge by: the build's recipe has no `accept`; say how much it may lose, "

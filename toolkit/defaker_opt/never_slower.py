@@ -21,9 +21,9 @@ from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.export import export_stage
 from defaker_opt.graph.write import write_graph
-from defaker_opt.passes import Progress
 from defaker_opt.passes.quantize import Quantize, Rule
 from defaker_opt.pipeline import Job
+from defaker_opt.progress import Progress
 from defaker_opt.recipe import Recipe
 from defaker_opt.runtime.backends import OpenStage, find_backend
 from defaker_opt.runtime.build import Build
@@ -93,7 +93,7 @@ def _open_float(job: Job, stage: str, folder: Path) -> OpenStage:
     graph = export_stage(plain, stage)
     fill_weights_(graph, plain, job.target.encodings)
     file = write_graph(graph, folder)[0]
-    options = {**dataclasses.asdict(job.target.session), "skip_unread": job.recipe.savings.last_layer_rows}
+    options = dataclasses.asdict(job.target.session)
     return find_backend(job.target.backend).open_stage(file, graph.spec, options)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from defaker_opt import strict
 from defaker_opt.catalog import find_module, find_yaml, module_names
 from defaker_opt.errors import DefakerError
 from defaker_opt.explanation import Explanation
-from defaker_opt.limits import Limit, limits_as_json, unknown_metrics
+from defaker_opt.limits import Accept, limits_as_json, parse_limits
 from defaker_opt.runtime.spec import VOCABULARY_HEAD
 from defaker_opt.savings import EVERY_SAVING, Savings
 
@@ -31,7 +31,7 @@ class Recipe:
     target: str
     passes: tuple[Any, ...]
     savings: Savings = EVERY_SAVING
-    accept: Mapping[str, Limit] = field(default_factory=dict)
+    accept: Accept = field(default_factory=dict)
     calibration: str | None = None
     reverted: Mapping[str, str] = field(default_factory=dict)
     explain: Explanation | None = None
@@ -64,11 +64,9 @@ class _RecipeFile:
     target: str
     passes: tuple[dict[str, Any], ...] = ()
     savings: Savings = EVERY_SAVING
-    accept: dict[str, Limit] = field(default_factory=dict)
+    accept: dict[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     explain: Explanation | None = None
-
-    CHECKS: ClassVar[Mapping[str, Callable[[dict[str, Limit]], str | None]]] = {"accept": unknown_metrics}
 
 
 def load_recipe(name: str) -> Recipe:
@@ -80,15 +78,18 @@ def load_recipe(name: str) -> Recipe:
 def parse_recipe(name: str, data: object, file: Path | str) -> Recipe:
     """Check parsed YAML. Raises ConfigError with every problem."""
     passes: list[object] = []
+    accept: dict[str, Any] = {}
 
     def check(report: strict.Report) -> None:
         if isinstance(data, Mapping):
             passes.extend(_parse_passes(data.get("passes"), report))
             _check_target(data.get("target"), report)
+            limits = data.get("accept")
+            accept.update(parse_limits(limits if isinstance(limits, Mapping) else {}, "accept", report))
 
     parsed = strict.read_value(_RecipeFile, data, file, check)
-    keys = ("description", "source", "target", "savings", "accept", "calibration", "explain")
-    return Recipe(name=name, passes=tuple(passes), **{key: getattr(parsed, key) for key in keys})
+    keys = ("description", "source", "target", "savings", "calibration", "explain")
+    return Recipe(name=name, passes=tuple(passes), accept=accept, **{key: getattr(parsed, key) for key in keys})
 
 
 def _parse_passes(entries: object, report: strict.Report) -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""How good masks are, from histograms of mask logits and from figures of single pictures.
+"""How good a mask is, whatever its threshold, from the histogram of its logits.
 
 A histogram is [2, bins]: authentic and forged pixels of one picture by rising mask logit. Figures of masks are of
 forged pictures only, because an authentic picture has nothing to find.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 Counts = NDArray[np.int64]
 
 
@@ -30,15 +28,3 @@ def best_f1(histogram: Counts) -> float | None:
     authentic, forged = histogram
     hits, alarms = (np.cumsum(counts[::-1]) for counts in (forged, authentic))
     return float((2 * hits / (hits + alarms + hits[-1])).max()) if hits[-1] else None
-
-
-def mean_over_forged(values: Floats, forged: Bools, weights: Floats) -> Floats:
-    """Mean of pictures' figures [N] (F1, IoU …) over the forged ones, under weights [B, N]; NaN without any, [B].
-
-    Values of authentic pictures are not looked at, so they may be NaN.
-    """
-    used = weights * forged
-    total = used.sum(axis=1)
-    mean: Floats = np.full(len(weights), np.nan)
-    np.divide(used @ np.where(forged, values, 0.0), total, out=mean, where=total > 0)
-    return mean

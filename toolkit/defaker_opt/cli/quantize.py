@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from defaker_opt.passes import Progress
     from defaker_opt.pipeline import Job
+    from defaker_opt.progress import Progress
     from defaker_opt.runtime.build import Build
 
 

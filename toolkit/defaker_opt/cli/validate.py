@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -49,6 +49,12 @@ Cache_ = Annotated[Path | None, typer.Option(help="Where rows are kept; default:
 Engine_ = Annotated[str, typer.Option(help="processes, or ray (RAY_ADDRESS names a cluster).")]
 Workers_ = Annotated[int, typer.Option(help="Pictures judged at once; 0 means one for each core.")]
 Threads_ = Annotated[int, typer.Option(help="Threads of each worker; 0 means one where memory allows.")]
+MaxLatency_ = Annotated[
+    float, typer.Option(min=0, metavar="MS", help="Limit of the median image, instead of the build's own `latency_ms`.")
+]
+Resume_ = Annotated[
+    bool, typer.Option("--resume/--fresh", help="Go on from rows that earlier runs kept, or judge everything anew.")
+]
 Json_ = Annotated[bool, typer.Option("--json", help="End with the report as one JSON object on standard output.")]
 
 
@@ -69,6 +75,8 @@ def validate(
     engine: Engine_ = "processes",
     workers: Workers_ = 0,
     threads: Threads_ = 0,
+    max_latency: MaxLatency_ = 0.0,
+    resume: Resume_ = True,
     as_json: Json_ = False,
 ) -> None:
     """Judge pictures with both builds, and decide: exit code 0 ACCEPT, 1 REJECT, 3 UNDECIDED, 2 for a mistake.
@@ -77,7 +85,7 @@ def validate(
     """
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.files import default_cache_folder
-    from defaker_opt.limits import choose_limits
+    from defaker_opt.limits import choose_latency, choose_limits
     from defaker_opt.report.validation import Hands, Request, validate_build, validate_early
     from defaker_opt.runtime import open_build
 
@@ -85,8 +93,10 @@ def validate(
     limits = choose_limits(candidate.manifest.data, max_drop or [])
     _check_refit(refit, write_refit)
     kept = cache or default_cache_folder()
+    latency = choose_latency(candidate.manifest.data, max_latency)
+    rows: Literal["kept", "fresh"] = "kept" if resume else "fresh"
     suites, perturbations = tuple(suite or ["embedded"]), tuple(perturb or ())
-    request = Request(suites, data, perturbations, calibration, noise_images, refit, kept)
+    request = Request(suites, data, perturbations, calibration, noise_images, refit, kept, rows, latency)
     way = validate_early if sequential else validate_build
     with progress_bar() as progress:
         done = way(candidate, reference, request, Hands(engine, workers, threads), limits, progress)

@@ -94,6 +94,16 @@ def open_cache(folder: Path, owner: Mapping[str, Any]) -> RowCache:
     return cache
 
 
+def empty_cache(folder: Path, owner: Mapping[str, Any]) -> None:
+    """Forget the rows of an owner; a run that reads them meanwhile ends with an error. Raises DefakerError."""
+    cache = open_cache(folder, owner)
+    try:
+        with _locked(cache.path) as stream:
+            stream.truncate(0)
+    except OSError as error:
+        raise write_failure(cache.path, error) from error
+
+
 class _locked:  # noqa: N801 - reads as a verb in `with`
     """The file open for reading and writing, made if need be; only one process at a time."""
 

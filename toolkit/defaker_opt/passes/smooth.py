@@ -19,7 +19,8 @@ from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.errors import PassError
 from defaker_opt.methods import Need
 from defaker_opt.observe.sweep import observe_layers
-from defaker_opt.passes import PassResult, Preview, Progress
+from defaker_opt.passes import PassResult, Preview
+from defaker_opt.progress import Progress
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.samples import Samples
 from defaker_opt.target import Target

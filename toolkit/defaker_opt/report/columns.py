@@ -1,33 +1,36 @@
-"""Metrics as functions of weights, for the bootstrap: the reference's and the build's value under each weighting."""
+"""Metrics of both builds on the same pictures, with what each picture adds to the error of the drop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from defaker_opt.benchmarks import influence
 from defaker_opt.benchmarks.metrics import VERDICT_METRICS, VerdictRows
+from defaker_opt.errors import DefakerError
 from defaker_opt.report.evidence import Bools, Evidence, Floats
 from defaker_opt.report.values import Better
 
 
 @dataclass(frozen=True)
 class Column:
-    """used [N]: the pictures that count. sides: weights [B, used] → both builds' values, each [B]."""
+    """used [N]: the pictures that count. influence [used]: of each on the drop."""
 
     better: Better
     used: Bools = field(repr=False)
-    sides: Callable[[Floats], tuple[Floats, Floats]] = field(repr=False)
+    reference: float
+    build: float
+    influence: Floats = field(repr=False)
 
-    def drop(self, weights: Floats) -> Floats:
-        """How much worse the build is, [B]."""
-        reference, build = self.sides(weights)
-        return build - reference if self.better == "lower" else reference - build
+    @property
+    def drop(self) -> float:
+        """How much worse the build is."""
+        return self.build - self.reference if self.better == "lower" else self.reference - self.build
 
 
 def column(metric: str, evidence: Evidence, thresholds: tuple[float, float]) -> Column:
-    """A metric of `limits.LIMITABLE`, or mask_area, on these pictures."""
+    """A metric of `limits.LIMITABLE` but accuracy and AUC, or mask_area. Raises DefakerError if undefined."""
     if metric.startswith("verdict_"):
         return _verdict_column(metric.removeprefix("verdict_"), evidence, thresholds)
     if metric == "mask_agreement":
@@ -39,17 +42,23 @@ def column(metric: str, evidence: Evidence, thresholds: tuple[float, float]) -> 
 
 def _verdict_column(name: str, evidence: Evidence, thresholds: tuple[float, float]) -> Column:
     metric = VERDICT_METRICS[name]
-    scores = evidence.reference["probability"], evidence.build["probability"]
-    rows = VerdictRows(evidence.labels, *scores, *thresholds)
-    return Column(metric.better, np.ones(len(evidence), bool), lambda weights: metric.compute(rows, weights))
+    rows = VerdictRows(evidence.labels, evidence.reference["probability"], evidence.build["probability"], *thresholds)
+    n = len(evidence)
+    reference, build = (float(value[0]) for value in metric.compute(rows, np.ones((1, n))))
+    if np.isnan(reference + build):
+        raise DefakerError("needs authentic and forged images")
+    return Column(metric.better, np.ones(n, bool), reference, build, influence.DROPS[name](rows))
 
 
 def _mean_column(better: Better, reference: Floats, build: Floats) -> Column:
     used = ~np.isnan(reference) & ~np.isnan(build)
-    pair = np.stack([reference[used], build[used]], axis=1)  # [used, 2]
-
-    def sides(weights: Floats) -> tuple[Floats, Floats]:
-        means = weights @ pair / weights.sum(axis=1, keepdims=True)
-        return means[:, 0], means[:, 1]
-
-    return Column(better, used, sides)
+    if not used.any():
+        raise DefakerError("no forged image with a ground truth mask")
+    first, second = reference[used], build[used]
+    return Column(
+        better,
+        used,
+        float(first.mean()),
+        float(second.mean()),
+        influence.of_mean(first - second, np.ones(len(first), bool)),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from defaker_opt.benchmarks.metrics import CALIBRATION_BINS, Labels, area_under_curve, roc
+from defaker_opt.benchmarks.metrics import Labels, area_under_curve, bin_members, roc
 from defaker_opt.drift.compare import AREA_BINS
 from defaker_opt.report.evidence import Evidence, Floats
 from defaker_opt.report.values import AreaBin, Curves, Robustness
@@ -23,8 +23,7 @@ def curves(evidence: Evidence) -> Curves:
 
 def reliability(labels: Labels, probabilities: Floats) -> tuple[tuple[float, float, int], ...]:
     """Mean probability, share forged and images of each bin of equal mass, as `calibration_error` has them."""
-    edges = np.quantile(probabilities, np.arange(1, CALIBRATION_BINS) / CALIBRATION_BINS)
-    member = np.searchsorted(edges, probabilities, side="left")
+    member = bin_members(probabilities)
     bins = []
     for place in np.unique(member):
         inside = member == place

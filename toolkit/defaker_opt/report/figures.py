@@ -16,18 +16,17 @@ from defaker_opt.report.evidence import Evidence
 from defaker_opt.report.values import Check, Figure, Flips
 from defaker_opt.statistics import Interval
 from defaker_opt.statistics.auc import compare_auc
-from defaker_opt.statistics.bootstrap import FEWEST_CARRIERS, Bootstrap, bca_interval, bootstrap_clusters
 from defaker_opt.statistics.clusters import Clusters
 from defaker_opt.statistics.crossing import limit_test
 from defaker_opt.statistics.decision import decide, decide_interval, is_implausible_gain, two_sided
 from defaker_opt.statistics.intervals import clopper_pearson_upper
 from defaker_opt.statistics.paired_proportions import PairedCounts, count_pairs, mcnemar_exact, tango_interval
 from defaker_opt.statistics.sample_size import images_needed
+from defaker_opt.statistics.spread import FEWEST_CARRIERS, Spread, spread_interval, spread_of
 
 # All metrics in the order of the tables; `mask_area` shows a bias and cannot be limited.
 METRICS = (*LIMITABLE, "mask_area")
 POWER = 0.8
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,12 @@ class Measured:
     missing: tuple[str, ...]
 
 
-def measure(
-    sample: Sample, limits: Mapping[str, Limit], resamples: int = RESAMPLES, only: Iterable[str] = METRICS
-) -> Measured:
+def measure(sample: Sample, limits: Mapping[str, Limit], only: Iterable[str] = METRICS) -> Measured:
     """Metrics, all unless said, with their intervals; those with a limit are checked against it."""
     figures, missing = [], []
     for metric in only:
         try:
-            figures.append(_figure(metric, sample, limits.get(metric), resamples))
+            figures.append(_figure(metric, sample, limits.get(metric)))
         except DefakerError as error:
             missing.append(f"{metric}: {error}")
     return Measured(tuple(figures), tuple(missing))
@@ -77,12 +74,12 @@ def count_flips(sample: Sample) -> Flips:
     )
 
 
-def _figure(metric: str, sample: Sample, limit: Limit | None, resamples: int) -> Figure:
+def _figure(metric: str, sample: Sample, limit: Limit | None) -> Figure:
     if metric == "verdict_accuracy":
         return accuracy_figure(sample, limit)
     if metric == "verdict_auc":
         return _auc_figure(sample, limit)
-    return _bootstrap_figure(metric, sample, limit, resamples)
+    return _spread_figure(metric, sample, limit)
 
 
 def accuracy_figure(sample: Sample, limit: Limit | None) -> Figure:
@@ -140,8 +137,8 @@ def _auc_figure(sample: Sample, limit: Limit | None) -> Figure:
     if limit:
         bounds = compare_auc(evidence.labels, *scores, sample.clusters.index, two_sided(limit.confidence))
         assert bounds is not None
-        spread = Spread(compared.standard_error, len(evidence), compared.clusters)
-        check = _check_interval(compared.drop, bounds.interval, compared.interval, limit, spread)
+        size = Size(compared.standard_error, len(evidence), compared.clusters)
+        check = _check_interval(compared.drop, bounds.interval, compared.interval, limit, size)
     return Figure(
         metric="verdict_auc",
         better="higher",
@@ -157,48 +154,42 @@ def _auc_figure(sample: Sample, limit: Limit | None) -> Figure:
     )
 
 
-def _bootstrap_figure(metric: str, sample: Sample, limit: Limit | None, resamples: int) -> Figure:
+def _spread_figure(metric: str, sample: Sample, limit: Limit | None) -> Figure:
     figure = column(metric, sample.evidence, sample.thresholds)
-    n = int(figure.used.sum())
-    if n == 0:
-        raise DefakerError("no forged image with a ground truth mask")
-    clusters = sample.clusters.index[figure.used]
-    if np.ptp(clusters) == 0:
+    clusters = np.unique(sample.clusters.index[figure.used], return_inverse=True)[1]
+    if clusters.max() == 0:
         raise DefakerError("all images are of one cluster")
-    reference, build = (float(value[0]) for value in figure.sides(np.ones((1, n))))
-    if math.isnan(reference + build):
-        raise DefakerError("needs authentic and forged images")
-    result = bootstrap_clusters(lambda weights: figure.drop(weights)[:, None], clusters, resamples)
-    interval = bca_interval(result, 0)
+    spread = spread_of(figure.drop, figure.influence, clusters)
+    interval = spread_interval(spread)
+    n = int(figure.used.sum())
     check = None
     if limit:
-        bounds = bca_interval(result, 0, two_sided(limit.confidence))
-        spread = Spread(float(np.nanstd(result.replicates[:, 0])), n, result.clusters)
-        check = _check_interval(float(result.estimate[0]), bounds, interval, limit, spread)
+        bounds = spread_interval(spread, two_sided(limit.confidence))
+        size = Size(spread.standard_error, n, spread.clusters)
+        check = _check_interval(figure.drop, bounds, interval, limit, size)
     return Figure(
         metric=metric,
         better=figure.better,
         n=n,
-        clusters=result.clusters,
-        reference=reference,
-        build=build,
-        drop=float(result.estimate[0]),
+        clusters=spread.clusters,
+        reference=figure.reference,
+        build=figure.build,
+        drop=figure.drop,
         low=interval.low,
         high=interval.high,
-        method=f"BCa bootstrap, {resamples} resamples of clusters{_few_carriers(result)}",
+        method=f"influences of clusters{_few_carriers(spread)}",
         check=check,
     )
 
 
-def _few_carriers(result: Bootstrap) -> str:
-    carriers = float(result.carriers[0])
-    if not 0 < carriers < FEWEST_CARRIERS:
+def _few_carriers(spread: Spread) -> str:
+    if not 0 < spread.carriers < FEWEST_CARRIERS:
         return ""
-    return f"; rests on some {carriers:.0f} clusters, so it may be too narrow"
+    return f"; rests on some {spread.carriers:.0f} clusters, so it may be too narrow"
 
 
 @dataclass(frozen=True)
-class Spread:
+class Size:
     """Standard error of a drop on n pictures in so many clusters."""
 
     error: float
@@ -206,9 +197,9 @@ class Spread:
     clusters: int
 
 
-def _check_interval(drop: float, bounds: Interval, interval: Interval, limit: Limit, spread: Spread) -> Check:
+def _check_interval(drop: float, bounds: Interval, interval: Interval, limit: Limit, size: Size) -> Check:
     decision = decide_interval(bounds, limit.max_drop)
-    images = _images(drop, limit, spread) if decision == "UNDECIDED" else None
+    images = _images(drop, limit, size) if decision == "UNDECIDED" else None
     return Check(
         max_drop=limit.max_drop,
         confidence=limit.confidence,
@@ -216,21 +207,21 @@ def _check_interval(drop: float, bounds: Interval, interval: Interval, limit: Li
         low=bounds.low,
         high=bounds.high,
         images=images,
-        more=None if images is None else max(1, images - spread.n),
+        more=None if images is None else max(1, images - size.n),
         answer="" if images is None else "ACCEPT" if drop < limit.max_drop else "REJECT",
         implausible_gain=is_implausible_gain(interval, limit.max_drop),
     )
 
 
-def _images(drop: float, limit: Limit, spread: Spread) -> int | None:
+def _images(drop: float, limit: Limit, size: Size) -> int | None:
     """Images for an answer with the power, if the drop stays: error ∝ 1/√n; None if the drop is the limit."""
     gap = abs(limit.max_drop - drop)
     if gap < 1e-9:
         return None
-    if spread.error == 0:
+    if size.error == 0:
         # Nothing changed in any cluster: as many as make `unseen_change` smaller than the limit.
-        needed = math.log(1 - limit.confidence) / math.log(1 - gap) / spread.clusters
+        needed = math.log(1 - limit.confidence) / math.log(1 - gap) / size.clusters
     else:
         z_alpha, z_beta = stats.norm.ppf([limit.confidence, POWER])
-        needed = ((z_alpha + z_beta) * spread.error / gap) ** 2
-    return math.ceil(needed * spread.n)
+        needed = ((z_alpha + z_beta) * size.error / gap) ** 2
+    return math.ceil(needed * size.n)

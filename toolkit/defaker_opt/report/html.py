@@ -10,7 +10,7 @@ from defaker_opt.report.markdown import suite_words
 from defaker_opt.report.plots import Plot, draw_plots
 from defaker_opt.report.style import STYLE
 from defaker_opt.report.values import DriftReport, Figure, Slice, SuiteReport
-from defaker_opt.report.words import NAMES, limited, needed_words, points
+from defaker_opt.report.words import NAMES, latency_words, limited, needed_words, points
 
 # Nothing is fetched, whatever a name of a picture may contain.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -43,6 +43,8 @@ def _first_screen(report: DriftReport) -> Iterator[str]:
     for suite, figure in limited(report.suites):
         if figure.check and figure.check.decision == "UNDECIDED":
             yield f"<p>{escape(suite.name)}, {NAMES[figure.metric]}: {escape(needed_words(figure))}.</p>"
+    if report.latency:
+        yield f"<p>{escape(latency_words(report.latency))}.</p>"
     yield f'</div><div class="card"><h2>Worst slice</h2>{_worst(report.worst)}'
     yield f"<h2>Flips</h2><p>{_flip_words(report)}</p></div></section>"
 

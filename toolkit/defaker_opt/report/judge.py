@@ -10,7 +10,7 @@ from defaker_opt.errors import SuiteError
 from defaker_opt.limits import Limit
 from defaker_opt.report.curves import curves, robustness
 from defaker_opt.report.evidence import Evidence, gather, merge
-from defaker_opt.report.figures import RESAMPLES, Sample, count_flips, measure
+from defaker_opt.report.figures import Sample, count_flips, measure
 from defaker_opt.report.slices import slice_up
 from defaker_opt.report.values import (
     BuildFacts,
@@ -24,16 +24,16 @@ from defaker_opt.runtime.build import Build
 from defaker_opt.statistics.decision import decide_all
 
 
-def judge(comparison: Comparison, limits: Mapping[str, Limit], resamples: int = RESAMPLES) -> DriftReport:
+def judge(comparison: Comparison, limits: Mapping[str, Limit]) -> DriftReport:
     """Every figure, and the decision over all suites and limits. Raises SuiteError if no picture is left."""
     thresholds = threshold_of(comparison.reference), threshold_of(comparison.candidate)
     plain = {paired.run.benchmark.name: gather(paired) for paired in comparison.runs if paired.run.perturbation == NONE}
     for name, evidence in plain.items():
         if not len(evidence):
             raise SuiteError(f"{name}: not one picture was judged by both builds; the reasons: {comparison.problems()}")
-    suites = tuple(report_suite(name, sample_of(each, thresholds), limits, resamples) for name, each in plain.items())
+    suites = tuple(report_suite(name, sample_of(each, thresholds), limits) for name, each in plain.items())
     everything = sample_of(merge(list(plain.values())), thresholds)
-    pooled = suites[0] if len(suites) == 1 else report_suite("all suites", everything, limits, resamples)
+    pooled = suites[0] if len(suites) == 1 else report_suite("all suites", everything, limits)
     perturbed = _perturbed(comparison.runs)
     samples = {name: sample_of(evidence, thresholds) for name, evidence in perturbed.items()}
     sliced = slice_up(everything, samples, limits)
@@ -70,9 +70,9 @@ def sample_of(evidence: Evidence, thresholds: tuple[float, float]) -> Sample:
     return Sample(evidence, evidence.clusters(), thresholds)
 
 
-def report_suite(name: str, sample: Sample, limits: Mapping[str, Limit], resamples: int = RESAMPLES) -> SuiteReport:
+def report_suite(name: str, sample: Sample, limits: Mapping[str, Limit]) -> SuiteReport:
     """All figures of one suite, and whether it is within every limit that it can be measured against."""
-    measured = measure(sample, limits, resamples)
+    measured = measure(sample, limits)
     checks = [figure.check.decision for figure in measured.figures if figure.check]
     return SuiteReport(
         name=name,
@@ -118,7 +118,7 @@ def _noise(comparison: Comparison, threshold: float) -> Noise | None:
     if evidence is None or not len(evidence):
         return None
     sample = sample_of(evidence, (threshold, threshold))
-    figures = measure(sample, {}, resamples=1000).figures
+    figures = measure(sample, {}).figures
     return Noise(len(evidence), (comparison.crew.threads, comparison.noise_threads), figures, count_flips(sample))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from defaker_opt.report.values import DriftReport, Figure, Slice, SuiteReport
-from defaker_opt.report.words import NAMES, limit_line, limited, points, refit_words, slice_words
+from defaker_opt.report.words import NAMES, latency_words, limit_line, limited, points, refit_words, slice_words
 
 _TOP_SLICES = 12
 
@@ -24,6 +24,8 @@ def _lines(report: DriftReport) -> Iterator[str]:
     yield from ("", "## Limits", "")
     for pair in limited(report.suites):
         yield f"- {limit_line(*pair)}"
+    if report.latency:
+        yield f"- {latency_words(report.latency)}"
     if report.sequential:
         yield from ("", "## Looks", "")
         for look in report.sequential.looks:

@@ -13,16 +13,15 @@ from defaker_opt.limits import Limit
 from defaker_opt.report.columns import column
 from defaker_opt.report.figures import Sample
 from defaker_opt.report.values import Slice
-from defaker_opt.statistics.bootstrap import bca_interval, bca_p, bootstrap_clusters
 from defaker_opt.statistics.clusters import Clusters
 from defaker_opt.statistics.decision import holm
 from defaker_opt.statistics.paired_proportions import count_pairs, score_tail, tango_interval, tango_score
+from defaker_opt.statistics.spread import spread_interval, spread_of, spread_p
 
 # A slice of fewer pictures says nothing; a dimension of more values, such as one photograph each, is no dimension.
 FEWEST_IMAGES = 10
 MOST_VALUES = 40
 WORSE_P = 0.05
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -108,34 +107,30 @@ def _accuracy_slice(dimension: str, value: str, part: Sample, limits: Mapping[st
 
 
 def _mask_slice(dimension: str, value: str, part: Sample, limits: Mapping[str, Limit]) -> Slice | None:
-    figure = column("mask_iou", part.evidence, part.thresholds)
-    n = int(figure.used.sum())
-    clusters = part.clusters.index[figure.used]
-    if n < FEWEST_IMAGES or np.ptp(clusters) == 0:
-        return None
-    limit = _limit(limits, "mask_iou")
     try:
-        # The second figure is the gain, whose upper tail is the lower one of the drop.
-        drops = bootstrap_clusters(
-            lambda weights: figure.drop(weights)[:, None] * np.array([1.0, -1.0]), clusters, _RESAMPLES
-        )
+        figure = column("mask_iou", part.evidence, part.thresholds)
     except DefakerError:
         return None
-    interval = bca_interval(drops, 0)
-    reference, build = (float(side[0]) for side in figure.sides(np.ones((1, n))))
+    n = int(figure.used.sum())
+    clusters = np.unique(part.clusters.index[figure.used], return_inverse=True)[1]
+    if n < FEWEST_IMAGES or clusters.max() == 0:
+        return None
+    limit = _limit(limits, "mask_iou")
+    spread = spread_of(figure.drop, figure.influence, clusters)
+    interval = spread_interval(spread)
     return Slice(
         dimension=dimension,
         value=value,
         metric="mask_iou",
         n=n,
         flips=int(part.evidence.flipped[figure.used].sum()),
-        reference=reference,
-        build=build,
-        drop=reference - build,
+        reference=figure.reference,
+        build=figure.build,
+        drop=figure.drop,
         low=interval.low,
         high=interval.high,
         limit=limit,
-        p=bca_p(drops, 1, -limit),
+        p=spread_p(spread, limit),
         worse=False,
     )
 

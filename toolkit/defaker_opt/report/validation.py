@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from defaker_opt.benchmarks import Benchmark
+from defaker_opt.drift.cache import empty_cache
+from defaker_opt.drift.latency import measure_latency
 from defaker_opt.drift.perturbations import parse_perturbations
 from defaker_opt.drift.reference import open_reference
-from defaker_opt.drift.run import asked_crew, fitted_crew
+from defaker_opt.drift.run import asked_crew, fitted_crew, other_threads, row_owner
 from defaker_opt.drift.suites import load_suite
 from defaker_opt.drift.validate import Comparison, Plan, compare_builds
-from defaker_opt.limits import Limit
+from defaker_opt.limits import LatencyLimit, Limit
 from defaker_opt.progress import Progress, part_of
 from defaker_opt.report.judge import judge
 from defaker_opt.report.refit import refit
 from defaker_opt.report.sequential import Stopped, run_looks
 from defaker_opt.report.values import DriftReport, SuiteReport
-from defaker_opt.report.words import summary_of
+from defaker_opt.report.words import latency_words, summary_of
 from defaker_opt.runtime.build import Build
 from defaker_opt.statistics.decision import decide_all
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare on. refit: a calibration suite to fit thresholds on, "" for none; cache: the folder of rows."""
+    """What to compare on. refit: a calibration suite to fit thresholds on, "" for none; cache: the folder of rows.
+
+    rows: whether rows of earlier runs count; latency: of the candidate alone, None for no limit.
+    """
 
     suites: tuple[str, ...]
     data: Path | None
@@ -36,6 +43,8 @@ class Request:
     noise_images: int
     refit: str
     cache: Path
+    rows: Literal["kept", "fresh"] = "kept"
+    latency: LatencyLimit | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ def validate_build(
     """Judge all pictures of all suites with both builds, and decide. Raises DefakerError."""
     compare, plan = _prepare(candidate, reference, request, hands, progress)
     comparison = compare(plan)
-    return _with_refit(Validated(judge(comparison, limits), comparison), compare, request, progress)
+    done = _with_refit(Validated(judge(comparison, limits), comparison), compare, request, progress)
+    return _with_latency(done, candidate, request, progress)
 
 
 def validate_early(
@@ -73,7 +83,8 @@ def validate_early(
     stopped = run_looks(plan.suites, limits, lambda suites: compare(dataclasses.replace(bare, suites=suites)))
     comparison = compare(dataclasses.replace(plan, suites=stopped.suites))
     report = _as_decided(judge(comparison, limits), stopped, len(plan.suites))
-    return _with_refit(Validated(report, comparison), compare, request, progress)
+    done = _with_refit(Validated(report, comparison), compare, request, progress)
+    return _with_latency(done, candidate, request, progress)
 
 
 Compare = functools.partial[Comparison]
@@ -93,6 +104,11 @@ def _prepare(
         calibration = Benchmark(f"{calibration.name} and {other.name}", calibration.items + other.items)
     compared_with = open_reference(reference, request.cache, part_of(progress, 0.05, 0.05))
     crew = fitted_crew(asked, (candidate, compared_with))
+    if request.rows == "fresh":
+        for build, threads in itertools.product(
+            (candidate, compared_with), (crew.threads, other_threads(crew).threads)
+        ):
+            empty_cache(request.cache, row_owner(build, threads))
     plan = Plan(suites, perturbations, calibration, request.noise_images)
 
     def compare(wanted: Plan) -> Comparison:
@@ -107,6 +123,19 @@ def _with_refit(done: Validated, compare: Compare, request: Request, progress: P
     suite = load_suite(request.refit, request.data, request.cache, part_of(progress, 0.95, 0.01))
     rows = compare(Plan((suite,), (), Benchmark("nothing", ()), 0))
     return dataclasses.replace(done, report=dataclasses.replace(done.report, refit=refit(rows, suite.name)))
+
+
+def _with_latency(done: Validated, candidate: Build, request: Request, progress: Progress) -> Validated:
+    """Measured when nothing else is judged; a build that is too slow is rejected whatever it says."""
+    if request.latency is None:
+        return done
+    suite = done.comparison.runs[0].run.benchmark
+    latency = measure_latency(candidate, suite, request.latency, part_of(progress, 0.97, 0.03))
+    report = dataclasses.replace(done.report, latency=latency)
+    if latency.broken:
+        slow = f"Too slow: {latency_words(latency)}. {report.summary}"
+        report = dataclasses.replace(report, decision="REJECT", summary=slow)
+    return dataclasses.replace(done, report=report)
 
 
 def _as_decided(report: DriftReport, stopped: Stopped, planned: int) -> DriftReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from defaker_opt.drift.latency import Latency
 from defaker_opt.statistics.decision import Decision
 
 Better = Literal["higher", "lower", "neither"]
@@ -218,3 +219,4 @@ class DriftReport:
     methods: tuple[str, ...]
     sequential: Sequential | None = None
     refit: Refit | None = None
+    latency: Latency | None = None

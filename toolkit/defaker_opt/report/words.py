@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from defaker_opt.drift.latency import Latency
 from defaker_opt.report.values import DriftReport, Figure, Refit, Slice, SuiteReport
 from defaker_opt.statistics.decision import Decision
 
@@ -12,13 +13,14 @@ METHODS = (
     "ACCEPT: every suite refutes, at the limit's one-sided confidence, a drop of the limit or more. REJECT: one suite "
     "refutes a drop of the limit or less. Otherwise UNDECIDED. An intersection-union test: ACCEPT needs no correction.",
     "Accuracy: exact unconditional test ordered by Tango's score; interval by that score. AUC: paired DeLong. All "
-    "other figures: BCa bootstrap of whole clusters.",
+    "other figures: what each cluster adds to the error (influence functions), by Student's t and by the skew; of "
+    "either end the farther.",
     "Clusters: photographs, if there are at least 20 of them; else pairs of twins, the authentic and the forged "
     "version of one picture; else images. Twins share every pixel but the forgery, so what a build loses on one may be "
     "lost on the other. Where clusters are finer than photographs, intervals hold for more pictures of the same "
     "photographs, not for new ones.",
     "Without a flip nothing tells how alike twins are, so a pair then counts as one image.",
-    "Slices: p is of a drop of the limit or less, by Tango's score or by BCa, after Holm over all slices.",
+    "Slices: p is of a drop of the limit or less, by Tango's score or by influences, after Holm over all slices.",
     "Noise floor: the reference against itself with another number of threads. A difference below it means nothing.",
     "Masks are judged whatever the verdict; their figures are means over forged images with a ground truth.",
 )
@@ -99,10 +101,21 @@ def refit_words(fit: Refit) -> str:
     )
 
 
+def latency_words(latency: Latency) -> str:
+    """The latency against its limit."""
+    answer = "REJECT" if latency.broken else "ACCEPT"
+    return (
+        f"latency: median {latency.median_ms:.0f} ms an image, mask included, over {latency.images} images judged "
+        f"alone with {latency.threads} threads; limit {latency.max_ms:g} ms: {answer}"
+    )
+
+
 def answer_lines(report: DriftReport) -> list[str]:
     """What a terminal needs: the decision, the limits, the worst slice, and what must not be overlooked."""
     lines = [f"{report.decision}: {report.build.name} against {report.reference.name}"]
     lines += [f"  {limit_line(suite, figure)}" for suite, figure in limited(report.suites)]
+    if report.latency:
+        lines.append(f"  {latency_words(report.latency)}")
     if report.sequential:
         lines.append(f"  stopped after {report.sequential.judged:,} of {report.sequential.planned:,} images")
     if report.worst:

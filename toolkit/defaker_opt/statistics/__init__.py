@@ -1,6 +1,6 @@
 """Intervals, tests and decisions on paired results; pure functions of counts and arrays, nothing about pictures.
 
-    rows of two builds ─► estimate and interval (paired_proportions, auc, bootstrap) ─► decision
+    rows of two builds ─► estimate and interval (paired_proportions, auc, spread) ─► decision
 
 A drop is always reference − build of something that should be high, so a positive drop is a loss. Pictures of one
 photograph, video or pair are one cluster; only clusters are taken to be independent. One value, `Interval`, is shared.

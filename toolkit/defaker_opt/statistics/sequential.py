@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import signal, stats
 
 from defaker_opt.errors import DefakerError
@@ -25,6 +26,10 @@ from defaker_opt.statistics.paired_proportions import PairedCounts, critical_val
 # Error spent by a share t of the pictures is α · t^1.25. Even spending (t) stops hardly sooner; that of O'Brien and
 # Fleming, which loses least at the last look, saves some 5 % fewer pictures.
 _SPENDING_POWER = 1.25
+
+# Below this chance of an answer a test is given up. At 0.1 tests of too few pictures, which seldom end with an answer
+# anyway, saved down to 19 %; at 0.2 nothing saves less than 30 %, and the chance of ACCEPT falls by 1 … 5 points.
+HOPELESS = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def even_looks(pictures: int, looks: int = 10) -> tuple[int, ...]:
     return tuple(sorted({math.ceil(pictures * turn / looks) for turn in range(1, looks + 1)}))
 
 
-def plan_looks(looks: Sequence[int], limit: float, confidence: float = 0.95, hopeless: float = 0.1) -> Plan:
+def plan_looks(looks: Sequence[int], limit: float, confidence: float = 0.95, hopeless: float = HOPELESS) -> Plan:
     """Boundaries for looks after these numbers of pictures, the last with all of them.
 
     limit: 0 < limit < 1. Raises DefakerError if looks do not rise from 1, or the limit is out of range.
@@ -140,25 +145,29 @@ def judge_look(plan: Plan, look: int, counts: PairedCounts) -> Look:
     accept, reject = plan.boundaries.accept[look], plan.boundaries.reject[look]
     # Few clusters call for larger scores, as Student's t does at the same tail.
     accept, reject = (critical_value(counts, float(stats.norm.sf(value))) for value in (accept, reject))
-    hope = chance_of_answer(plan, look, counts, score)
+    hope = float(chance_of_answer(plan, look, counts.discordance, score, counts.design_effect))
     last = look == len(plan.boundaries.looks) - 1
     if score <= -accept or score >= reject:
         return Look(pictures, "ACCEPT" if score < 0 else "REJECT", True, score, hope)
     return Look(pictures, "UNDECIDED", last or hope < plan.hopeless, score, hope)
 
 
-def chance_of_answer(plan: Plan, look: int, counts: PairedCounts, score: float) -> float:
+def chance_of_answer(
+    plan: Plan, look: int, discordance: ArrayLike, score: ArrayLike, design_effect: float = 1.0
+) -> Floats:
     """The larger chance at the last look: of ACCEPT if nothing is lost from here on, of REJECT if twice the limit is.
 
+    discordance: share of pictures so far that only one build gets right; score: of the drop so far; both broadcast.
     Conditional power: Lan and Wittes 1988, "The B-value". Giving up on it never makes a false answer likelier.
     """
-    looks = plan.boundaries.looks
+    looks, z = plan.boundaries.looks, np.asarray(score, np.float64)
     time = looks[look] / looks[-1]
     accept, reject = plan.boundaries.accept[-1], plan.boundaries.reject[-1]
     if time >= 1:
-        return float(score <= -accept or score >= reject)
-    discordance = max(counts.discordance, 1 / (counts.pictures + 1), plan.limit)
-    drift = plan.limit * math.sqrt(looks[-1] / counts.design_effect / discordance) * (1 - time)
-    done, spread = score * math.sqrt(time), math.sqrt(1 - time)
-    chances = stats.norm.cdf([(-done + drift - accept) / spread, (done + drift - reject) / spread])
-    return float(chances.max())
+        return ((z <= -accept) | (z >= reject)).astype(np.float64)
+    # One more picture may always be discordant, and at the limit as many are as it says.
+    likely = np.maximum(discordance, max(design_effect / (looks[look] + design_effect), plan.limit))
+    drift = plan.limit * np.sqrt(looks[-1] / design_effect / likely) * (1 - time)
+    done, spread = z * math.sqrt(time), math.sqrt(1 - time)
+    chances: Floats = stats.norm.cdf([(-done + drift - accept) / spread, (done + drift - reject) / spread]).max(axis=0)
+    return chances
