@@ -1,4 +1,4 @@
-"""Do intervals cover, decisions err and looks save as promised? python profiling/coverage.py [--quick].
+"""Do intervals cover, decisions err and looks save as promised? python profiling/coverage.py [--runs N].
 
 Prints a table for people and one JSON object as its last line. Every row is a simulation from a fixed seed, or, where
 it says exact, a sum over all outcomes. `allowed` is what the row is held to, before the error of the simulation.
@@ -364,9 +364,8 @@ def saving(plan: Plan, discordance: float) -> Iterator[Row]:
     yield Row("looks, saved, exact", setting, 1 - judged_pictures / looks[-1], saved, 0)
 
 
-def measure(quick: bool) -> Iterator[Row]:
-    """Every row; quick: fewer runs, about a minute."""
-    runs = 200 if quick else 2000
+def measure(runs: int) -> Iterator[Row]:
+    """Every row, each of about so many runs."""
     parts = (tango_independent, tango_clustered, flip_bound, delong, verdict_figures, mask_means, false_accept,
              false_accept_clustered, power, sequential)  # fmt: skip
     for part in parts:
@@ -376,17 +375,17 @@ def measure(quick: bool) -> Iterator[Row]:
 def main() -> None:
     """Print every row, and say which do not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer runs")
+    parser.add_argument("--runs", type=int, default=2000, help="of each simulation; 200 take about a minute")
     options = parser.parse_args()
     start = time.perf_counter()
     rows = []
-    for row in measure(options.quick):
+    for row in measure(options.runs):
         rows.append(row)
         mark = "" if row.holds else "   <- outside"
         print(f"{row.what:<40} {row.setting:<62} {row.value:7.2%} of {row.runs or 'all':>5}{mark}", flush=True)
     versions = {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
     machine = {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()}
-    result = {"quick": options.quick, "seconds": round(time.perf_counter() - start), "rows": [asdict(r) for r in rows]}
+    result = {"runs": options.runs, "seconds": round(time.perf_counter() - start), "rows": [asdict(r) for r in rows]}
     print(json.dumps({**result, "machine": machine, "versions": versions}))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from defaker_opt.errors import BuildError, ConfigError, DefakerError
-from defaker_opt.limits import Limit, choose_limits
+from defaker_opt.limits import LatencyLimit, Limit, choose_latency, choose_limits
 from defaker_opt.recipe import load_recipe, parse_recipe
 from defaker_opt.report.refit import write_refit
 from defaker_opt.report.values import Refit
@@ -68,6 +68,27 @@ def test_the_limits_of_the_build_are_its_recipes_and_need_more_images(folder: Pa
     assert {name: check["max_drop"] for name, check in checks.items()} == {"verdict_accuracy": 0.005, "mask_iou": 0.005}
     for check in checks.values():
         assert f"about {check['more']:,} more images would give ACCEPT" in text
+
+
+def test_rows_are_kept_unless_they_shall_be_fresh(folder: Path, float_build: Path) -> None:
+    tables = []
+    for way in ("--resume", "--resume", "--fresh"):
+        assert validate(folder, float_build, float_build, *LOOSE, way)[0] == 0
+        tables.append((folder / "report" / "rows.csv").read_text())
+    # Times are kept with their rows, and no picture takes as long twice.
+    assert tables[0] == tables[1] != tables[2]
+
+
+def test_a_build_that_is_too_slow_is_rejected(folder: Path, float_build: Path) -> None:
+    code, report, text = validate(folder, float_build, float_build, *LOOSE, "--max-latency", "0.01")
+    assert (code, report["decision"]) == (1, "REJECT")
+    assert all(each["check"]["decision"] == "ACCEPT" for each in report["pooled"]["figures"] if each["check"])
+    latency = report["latency"]
+    assert latency["max_ms"] == 0.01 < latency["median_ms"] and latency["images"] == 20
+    assert "limit 0.01 ms: REJECT" in text and report["summary"].startswith("Too slow: ")
+    assert "judged alone with" in (folder / "report" / "report.html").read_text()
+    code, report, _ = validate(folder, float_build, float_build, *LOOSE, "--max-latency", "1e9")
+    assert (code, report["decision"]) == (0, "ACCEPT")
 
 
 def test_looks_stop_early(folder: Path, float_build: Path) -> None:
@@ -152,11 +173,21 @@ def test_every_recipe_has_limits_that_reach_the_manifest(float_build: Path) -> N
 def test_without_any_limit_nothing_is_judged() -> None:
     with pytest.raises(DefakerError, match="no limit to judge by: the build's recipe has no `accept`"):
         choose_limits({"recipe": {}}, [])
-    with pytest.raises(DefakerError, match=r"manifest\.json, recipe\.accept: 'speed' is not one of"):
+    with pytest.raises(DefakerError, match=r"manifest\.json.*\s.*recipe\.accept: 'speed' is not one of"):
         choose_limits({"recipe": {"accept": {"speed": {"max_drop": 0.1}}}}, [])
     shipped = {"recipe": {"accept": {"mask_iou": {"max_drop": 0.1, "confidence": 0.9}}}}
     assert choose_limits(shipped, []) == {"mask_iou": Limit(0.1, 0.9)}
     assert choose_limits(shipped, ["verdict_auc=0.02"]) == {"verdict_auc": Limit(0.02)}
+
+
+def test_a_latency_limit_is_the_recipes_unless_asked_for() -> None:
+    accept = {"mask_iou": {"max_drop": 0.1}, "latency_ms": {"max": 400}}
+    recipe = parse_recipe("x", {"description": "x", "source": "reference", "target": "cpu", "accept": accept}, "x.yaml")
+    shipped = {"recipe": recipe.as_json()}
+    assert choose_latency(shipped, 0.0) == LatencyLimit(400)
+    assert choose_latency(shipped, 90.0) == LatencyLimit(90)
+    assert choose_latency({"recipe": {}}, 0.0) is None
+    assert choose_limits(shipped, []) == {"mask_iou": Limit(0.1)}
 
 
 @pytest.mark.parametrize(
@@ -167,6 +198,9 @@ def test_without_any_limit_nothing_is_judged() -> None:
         ({"mask_iou": {"max_drop": 0.1, "confidence": 0.4}}, r"accept.mask_iou.confidence: must be above 0.5"),
         ({"mask_iou": {"drop": 0.1}}, r"accept.mask_iou.drop: unknown key"),
         ({"mask_iou": 0.1}, r"accept.mask_iou: must be a mapping"),
+        ({"latency_ms": {"max": 0}}, r"accept.latency_ms.max: must be above 0 milliseconds, got 0"),
+        ({"latency_ms": {"max_drop": 0.1}}, r"accept.latency_ms.max_drop: unknown key"),
+        ([0.1], r"accept: must be a mapping"),
     ],
 )
 def test_wrong_limits_of_a_recipe_are_named(accept: object, message: str) -> None:

@@ -269,7 +269,7 @@ def test_one_bad_suite_of_two_rejects(many: tuple[ImageRow, ...], tmp_path: Path
     assert report.pooled.images == 2400
     assert report.worst
     assert report.worst.worse
-    assert report.summary.startswith("bad: accuracy dropped by")
+    assert report.summary.startswith("bad: accuracy is worse by")
 
 
 def test_the_slice_that_is_broken_is_the_worst(many: tuple[ImageRow, ...]) -> None:

@@ -11,6 +11,7 @@ from defaker_opt.report.evidence import Evidence, Floats
 from defaker_opt.report.values import AreaBin, Curves, Robustness
 
 _ROC_POINTS = 200
+_RELIABILITY_BINS = 10
 
 
 def curves(evidence: Evidence) -> Curves:
@@ -22,8 +23,8 @@ def curves(evidence: Evidence) -> Curves:
 
 
 def reliability(labels: Labels, probabilities: Floats) -> tuple[tuple[float, float, int], ...]:
-    """Mean probability, share forged and images of each bin of equal mass, as `calibration_error` has them."""
-    member = bin_members(probabilities)
+    """Mean probability, share forged and images of each of ten bins of equal mass."""
+    member = bin_members(probabilities, _RELIABILITY_BINS)
     bins = []
     for place in np.unique(member):
         inside = member == place

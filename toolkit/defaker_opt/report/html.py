@@ -10,7 +10,7 @@ from defaker_opt.report.markdown import suite_words
 from defaker_opt.report.plots import Plot, draw_plots
 from defaker_opt.report.style import STYLE
 from defaker_opt.report.values import DriftReport, Figure, Slice, SuiteReport
-from defaker_opt.report.words import NAMES, latency_words, limited, needed_words, points
+from defaker_opt.report.words import NAMES, count_words, latency_words, limited, needed_words, points
 
 # Nothing is fetched, whatever a name of a picture may contain.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -71,7 +71,7 @@ def _worst(worst: Slice | None) -> str:
     return (
         f'<p class="big">{escape(worst.name)} {tag}</p><p>{NAMES[worst.metric]} {points(worst.reference)} → '
         f"{points(worst.build)} %: drop <b>{points(worst.drop)} pp</b> ({points(worst.low)} … {points(worst.high)}), "
-        f"n = {worst.n:,}, {worst.flips} flips, p = {worst.p:.2g}</p>"
+        f"n = {worst.n:,}, {count_words(worst.flips, 'flip')}, p = {worst.p:.2g}</p>"
     )
 
 

@@ -63,11 +63,24 @@ def limit_line(suite: SuiteReport, figure: Figure) -> str:
     check = figure.check
     assert check is not None
     line = (
-        f"{suite.name}: {NAMES[figure.metric]} dropped by {points(figure.drop)} pp "
+        f"{suite.name}: {NAMES[figure.metric]} {change_words(figure)} "
         f"(95 % interval {points(figure.low)} … {points(figure.high)}, n = {figure.n:,}); "
         f"limit {points(check.max_drop)} pp at {check.confidence:.0%}: {check.decision}"
     )
     return f"{line}; {needed_words(figure)}" if check.decision == "UNDECIDED" else line
+
+
+def change_words(figure: Figure) -> str:
+    """How much worse or better, in words that fit what goes up or down."""
+    size = points(abs(figure.drop))
+    if size == "0.00":
+        return "did not change"
+    return f"{'is worse' if figure.drop > 0 else 'is better'} by {size} pp"
+
+
+def count_words(count: int, noun: str) -> str:
+    """Such as 1 flip, 2 flips."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def needed_words(figure: Figure) -> str:
@@ -86,7 +99,7 @@ def slice_words(each: Slice) -> str:
     return (
         f"{each.name}, {NAMES[each.metric]} {points(each.reference)} → {points(each.build)} %, "
         f"drop {points(each.drop)} pp ({points(each.low)} … {points(each.high)}), n = {each.n:,}, "
-        f"{each.flips} flips, p = {each.p:.2g}{' — surely worse than the limit' if each.worse else ''}"
+        f"{count_words(each.flips, 'flip')}, p = {each.p:.2g}{' — surely worse than the limit' if each.worse else ''}"
     )
 
 
