@@ -96,7 +96,7 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "rule key": ('match: "*"', 'mach: "*"', [r"rules\[1\].mach: unknown key.*'match'", r"rules\[1\].match: missing"]),
     "scheme": ("int8}", "int-8}", [r"rules\[1\].scheme: 'int-8' is not one of .*did you mean 'int8'"]),
     "scheme type": ("int8}", "[8]}", [r"rules\[1\].scheme: \[8\] is not one of"]),
-    "method": ("int8}", "int8, method: round}", [r"rules\[1\].method: 'round' is not one of round_to_nearest"]),
+    "method": ("int8}", "int8, method: round}", [r"rules\[1\].method: 'round' is not one of awq, .*round_to_nearest"]),
     "match type": ('match: "*"', "match: 7", [r"rules\[1\].match: must be text, got 7"]),
     "description type": ("A recipe of somebody.", "[a, b]", ["description: must be text"]),
     "description date": ("A recipe of somebody.", "2026-02-28", ["description: must be text"]),

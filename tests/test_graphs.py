@@ -195,7 +195,7 @@ def test_files_hold_exactly_the_codes_that_torch_was_given(any_build: Path) -> N
 
 
 def quantized_again(build: Path) -> Detector:
-    """The detector with the passes of a build's recipe applied; codes that were fitted to pictures are the same too."""
+    """The detector with the passes of a build's recipe applied; pictures give the same codes again."""
     from defaker_opt.pipeline import plan_job
     from defaker_opt.recipe import load_recipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from defaker_opt.catalog import find_module, module_names
 from defaker_opt.graph.codes import pack_codes, unpack_codes
 from defaker_opt.methods import SCHEMES, Method, QuantizedWeight, Scheme, Statistics, parse_scheme
+from defaker_opt.spool import SpooledCodes
 from tests.reference.quantization import (
     optimal_rounding_plain,
     output_error_plain,
@@ -329,3 +331,20 @@ def test_codes_survive_packing(bits: int, data: st.DataObject) -> None:
 def test_a_scheme_is_called_what_it_is_written_as(name: str) -> None:
     scheme = parse_scheme(name)
     assert (str(scheme) if scheme else "float") == name
+
+
+def test_zero_points_and_input_factors_survive_the_spool(tmp_path: Path) -> None:
+    weight, statistics = correlated(8, 128), seen(inputs(300, 128))
+    codes = SpooledCodes(tmp_path)
+    codes["a.weight"] = method("awq").quantize(weight, Scheme(4, 32, "block", "group"), statistics)
+    codes["b.weight"] = method("round_to_nearest").quantize(weight, Scheme(2, 32, "block", "group"))
+    codes["c.weight"] = method("gptq").quantize(weight, Scheme(8), statistics)
+    again = SpooledCodes(tmp_path)
+    assert set(again) == {"a.weight", "b.weight", "c.weight"}
+    for name in again:
+        np.testing.assert_array_equal(again[name].dequantize(), codes[name].dequantize())
+        assert again[name].scheme == codes[name].scheme
+        assert (again[name].zero is None) == (name == "c.weight")
+        assert (again[name].input_factor is None) == (name != "a.weight")
+    del again["a.weight"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("a.weight")]
