@@ -28,7 +28,7 @@ from defaker_opt.statistics.paired_proportions import PairedCounts, critical_val
 _SPENDING_POWER = 1.25
 
 # Below this chance of an answer a test is given up. At 0.1 tests of too few pictures, which seldom end with an answer
-# anyway, saved down to 19 %; at 0.2 nothing saves less than 30 %, and the chance of ACCEPT falls by 1 … 5 points.
+# anyway, saved less than 30 %; at 0.3 those that would tell with a chance of three quarters lost too much of it.
 HOPELESS = 0.2
 
 
