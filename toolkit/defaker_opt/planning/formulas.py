@@ -122,6 +122,7 @@ def _hiera_block(side: int, window: int, before: int, width: int, heads: int, po
         linear=linear,
         attention=4 * asking * window**2 * width,
         peak_values=2 * scores + padded * 5 * width,
+        # Windows are cut out and put back, which other blocks do not do.
         traffic_values=padded * 2 * _WIDTH_PASSES * width + after * _INNER_PASSES * 4 * width + _SCORE_PASSES * scores,
     )
 
