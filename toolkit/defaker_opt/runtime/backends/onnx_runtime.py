@@ -37,8 +37,6 @@ def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenS
     """Open an ONNX file. `options`: `threads` (0 = one for each core)."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _LOG_ERRORS_ONLY
-    # The arena keeps the largest call's memory for good, and saves no time that could be measured.
-    settings.enable_cpu_mem_arena = False
     settings.intra_op_num_threads = int(options.get("threads", 0))
     try:
         session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
