@@ -84,8 +84,6 @@ def _operators(events: Sequence[Mapping[str, Any]], ends: Sequence[int], skip: i
 def _settings(options: Mapping[str, Any]) -> onnxruntime.SessionOptions:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _LOG_ERRORS_ONLY
-    # The arena keeps the largest call's memory for good, and saves no time that could be measured.
-    settings.enable_cpu_mem_arena = False
     settings.intra_op_num_threads = int(options.get("threads", 0))
     return settings
 
