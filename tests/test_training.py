@@ -323,13 +323,14 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_a_short_training_finds_forgeries_of_photographs_it_has_not_seen(tmp_path: Path) -> None:
-    """The embedded architecture, as its weights were taught, but for a few minutes only."""
-    plan = Plan((Phase("verdict", 4000),), PairSource(size=256), evaluate_every=10**6, evaluation_pairs=40)
+    """The embedded architecture, as its weights were taught, but for about a minute only."""
+    plan = Plan((Phase("verdict", 1600),), PairSource(size=256), evaluate_every=10**6, evaluation_pairs=64)
     _, scores = train(load_detector("reference:random"), plan, Machine(torch.device("cpu"), 1), tmp_path, silent)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["losses"]["token"] for line in lines if "losses" in line]
     assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
     assert scores.token_auc > 0.7
+    assert scores.auc > 0.55
 
 
 def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
