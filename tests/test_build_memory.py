@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from defaker_opt.detector import linear_weights, load_detector
-from defaker_opt.methods import QuantizedWeight, Scheme
+from defaker_opt.methods import QuantizedWeight, Scheme, Statistics
 from defaker_opt.methods.round_to_nearest import RoundToNearest
 from defaker_opt.passes.quantize import Quantize, Rule
 from defaker_opt.runtime.spec import STAGES, VOCABULARY_HEAD
@@ -175,9 +175,9 @@ def test_quantizing_goes_on_from_the_codes_that_are_there(tmp_path: Path, monkey
     made: list[tuple[int, ...]] = []
     quantize = RoundToNearest.quantize
 
-    def counted(self: RoundToNearest, weight: np.ndarray, scheme: Scheme) -> QuantizedWeight:
+    def counted(self: RoundToNearest, weight: np.ndarray, scheme: Scheme, seen: Statistics) -> QuantizedWeight:
         made.append(weight.shape)
-        return quantize(self, weight, scheme)
+        return quantize(self, weight, scheme, seen)
 
     monkeypatch.setattr(RoundToNearest, "quantize", counted)
     detector.codes = SpooledCodes(tmp_path)

@@ -26,7 +26,11 @@ def test_sizes_are_those_of_the_build(any_build: Path) -> None:
 
 def test_memory_for_making_it_was_foreseen(any_build: Path) -> None:
     recipe = open_build(any_build).manifest.data["recipe"]["name"]
-    step = plan_recipe(recipe, None, None).forecast.steps[0]
+    planned = plan_recipe(recipe, None, None).forecast
+    step = planned.steps[0]
+    if recipe == "int4":
+        assert any("looking at pictures" in line for line in planned.warnings)
+        return
     assert step.name == "quantize and export"
     peak = summary_of(any_build)["peak_memory_bytes"]
     assert isinstance(peak, int)

@@ -108,6 +108,8 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
         warnings.append(
             f"{latency.total_ms:.0f} ms an image is over the target's budget of {device.budget.latency_ms:g} ms"
         )
+    if any(each.check(detector.config, target).looks for each in recipe.passes):
+        warnings.append("time and memory for looking at pictures, before codes are chosen, are not in this forecast")
     return Forecast(recipe.name, sizes, tuple(steps), run_memory, latency, limit, not too_large, why, tuple(warnings))
 
 

@@ -89,7 +89,7 @@ def _shares(width: int, size: int) -> _Channels:
     constant = max(1, width // 24)
     light = min(width // 2, size * size // 2)
     colour = min(width // 4, size * size // 4)
-    strength = max(4, (width - light - colour - constant) // 2)
+    strength = max(1, (width - light - colour - constant) // 2)
     return _Channels(light, colour, width - light - colour - constant - strength, constant, strength)
 
 
