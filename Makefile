@@ -22,6 +22,9 @@ demo: $(READY)
 	@echo "the mask over the photo: demo/astronaut_overlay.png"
 
 test: $(READY)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)
@@ -32,4 +35,4 @@ check: $(READY)
 clean:
 	rm -rf .venv demo
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-all check clean

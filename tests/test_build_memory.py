@@ -73,6 +73,7 @@ def growth_mb(code: str, scheme: str, folder: Path) -> float:
     return peaks[1] - peaks[0]
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("scheme", ["int8-token", "int4-g128"])
 def test_memory_does_not_grow_with_the_layers(scheme: str, tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_memory_does_not_grow_with_the_layers(scheme: str, tmp_path: Path) -> No
     assert growth_mb(code, scheme, tmp_path) < (LARGE - SMALL) * LAYER_MB / 4
 
 
+@pytest.mark.slow
 @linux
 def test_the_measurement_sees_a_stage_that_is_held(tmp_path: Path) -> None:
     """The twin of the test above: codes in memory and the stage loaded whole take that much more."""

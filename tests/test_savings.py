@@ -364,6 +364,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return sessions[0], sessions[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not golden_folders(), reason=f"no golden checkpoints in {GOLDEN}; set DEFAKER_GOLDEN_DIR")
 def test_released_checkpoints_are_judged_alike(golden: tuple[Session, Session]) -> None:
     every, none = golden
