@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from defaker_opt.detector import load_detector
+from defaker_opt.training import Phase, Plan, loop
 from defaker_opt.training.attune import attune_, band_sums, wave_filters
 from defaker_opt.training.model import JointModel
 
@@ -71,7 +72,10 @@ def test_strength_grows_with_grain_and_says_nothing_of_light() -> None:
         assert (found[1].mean(-1) < found[3].mean(-1)).float().mean() > 0.99
 
 
-def test_a_brought_detector_keeps_its_weights() -> None:
-    before = load_detector("reference").read("vision_encoder.tower.embeddings.patch_embeddings.projection.weight")
-    model = JointModel(load_detector("reference"))
-    torch.testing.assert_close(model.vision_encoder.tower.embeddings.patch_embeddings.projection.weight.data, before)
+@pytest.mark.parametrize(("source", "kept"), [("reference", True), ("reference:random", False)])
+def test_only_drawn_weights_begin_attuned(source: str, kept: bool) -> None:
+    detector = load_detector(source)
+    plan = Plan((Phase("verdict", 16),))
+    model = loop._begin(detector, plan, loop.Machine(torch.device("cpu"), 0)).model
+    before = detector.read("vision_encoder.tower.embeddings.patch_embeddings.projection.weight")
+    assert torch.equal(model.vision_encoder.tower.embeddings.patch_embeddings.projection.weight.data, before) is kept

@@ -28,13 +28,15 @@ def test_memory_for_making_it_was_foreseen(any_build: Path) -> None:
     recipe = open_build(any_build).manifest.data["recipe"]["name"]
     planned = plan_recipe(recipe, None, None).forecast
     step = planned.steps[0]
-    if recipe == "int4":
-        assert any("looking at pictures" in line for line in planned.warnings)
-        return
     assert step.name == "quantize and export"
     peak = summary_of(any_build)["peak_memory_bytes"]
     assert isinstance(peak, int)
-    assert step.memory_bytes == pytest.approx(peak, rel=0.15)
+    if any("looking at pictures" in line for line in planned.warnings):
+        # Calibration comes on top of what is foreseen, and the forecast says so.
+        assert recipe == "int4"
+        assert 0.7 * peak < step.memory_bytes < peak
+    else:
+        assert step.memory_bytes == pytest.approx(peak, rel=0.15)
 
 
 def test_memory_for_running_it_was_foreseen(any_build: Path, tmp_path: Path) -> None:

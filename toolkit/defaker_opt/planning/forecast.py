@@ -85,7 +85,8 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
 
     Raises PassError if the recipe cannot be carried out.
     """
-    schemes = _schemes(recipe, target, detector)
+    previews = [each.check(detector.config, target) for each in recipe.passes]
+    schemes = {name: scheme for preview in previews for name, scheme in preview.schemes.items()}
     sizes = predict_sizes(detector, schemes, recipe)
     counts = stage_counts(detector.config, picture_load(detector.config, tiles, target.session.tokens))
     halves = 1.0 if target.available else 0.5  # engines hold what stays float in 16 bits
@@ -108,16 +109,9 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
         warnings.append(
             f"{latency.total_ms:.0f} ms an image is over the target's budget of {device.budget.latency_ms:g} ms"
         )
-    if any(each.check(detector.config, target).looks for each in recipe.passes):
+    if any(preview.looks for preview in previews):
         warnings.append("time and memory for looking at pictures, before codes are chosen, are not in this forecast")
     return Forecast(recipe.name, sizes, tuple(steps), run_memory, latency, limit, not too_large, why, tuple(warnings))
-
-
-def _schemes(recipe: Recipe, target: Target, detector: Detector) -> dict[str, str]:
-    schemes: dict[str, str] = {}
-    for each in recipe.passes:
-        schemes.update(each.check(detector.config, target).schemes)
-    return schemes
 
 
 def predict_sizes(detector: Detector, schemes: Mapping[str, str], recipe: Recipe) -> Sizes:
