@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from defaker_opt.profiles.measure import Sample, judge_in_turns, record_calls
-from defaker_opt.profiles.operators import category_of, measure_operators, module_of
+from defaker_opt.profiles.operators import category_of, measure_operators, module_of, summarize_operators
 from defaker_opt.profiles.profile import summarize
 from defaker_opt.runtime import open_build, open_session
+from defaker_opt.runtime.backends import Operator, Trace
 from defaker_opt.runtime.clock import Clock
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.sample import sample_image
@@ -136,6 +137,23 @@ def test_the_operators_of_a_run_fit_into_it(int8_build: Path) -> None:
         assert 0 < stage.covered <= 1
         assert stage.between_ms >= 0
         assert stage.operators[0].milliseconds == max(row.milliseconds for row in stage.operators)
+        assert sum(row.milliseconds for row in stage.operators) <= stage.stage_ms * (1 + 1e-9)
+
+
+def test_what_tracing_adds_is_taken_off_every_call() -> None:
+    took = {"language.a/Add_0": 9.0, "language.b/Add_0": 3.0, "language.c/Add_0": 0.5}
+    operators = tuple(Operator(run, name, "Add", ms) for run in range(3) for name, ms in took.items())
+    # 12.5 ms traced and 8.5 plain: the shortest has only 0.5 ms to give, so each of the other two gives 1.75.
+    found = summarize_operators("language", Trace((8.5, 8.5, 20.0), operators), calls=1)
+    assert found.stage_ms == 8.5
+    assert [row.milliseconds for row in found.operators] == pytest.approx([7.25, 1.25, 0.0])
+    assert found.tracing_ms == pytest.approx(1.75) and found.covered == pytest.approx(1)
+
+
+def test_operators_that_take_less_than_their_stage_keep_their_time() -> None:
+    operators = (Operator(0, "language/MatMul_0", "MatMul", 6.0),)
+    found = summarize_operators("language", Trace((8.0,), operators), calls=1)
+    assert (found.tracing_ms, found.between_ms, found.covered) == (0.0, 2.0, 0.75)
 
 
 def test_spans_that_overlap_count_once() -> None:

@@ -14,7 +14,14 @@ from defaker_opt.benchmarks.metrics import VERDICT_METRICS, VerdictRows
 from defaker_opt.statistics import Interval
 from defaker_opt.statistics.auc import auc_influence, compare_auc
 from defaker_opt.statistics.intervals import unseen_change
-from defaker_opt.statistics.spread import FEWEST_CARRIERS, Spread, spread_interval, spread_of, spread_p
+from defaker_opt.statistics.spread import (
+    FEWEST_CARRIERS,
+    Spread,
+    deciding_interval,
+    spread_interval,
+    spread_of,
+    spread_p,
+)
 from tests.reference.statistics import auc_plain, delong_variance_plain
 
 
@@ -174,13 +181,23 @@ def test_the_upper_end_of_few_losses_is_hardly_below_that_of_a_poisson_number(lo
     values = np.zeros(2000)
     values[:losses] = 1.0
     exact = stats.chi2.ppf(0.95, 2 * losses + 2) / 2
-    assert 0.95 <= 2000 * spread_interval(spread_of_mean(values), 0.9).high / exact <= 1.2
+    spread = spread_of_mean(values)
+    assert 0.95 <= 2000 * spread_interval(spread, 0.9).high / exact <= 1.2
+    assert 1.0 <= 2000 * deciding_interval(spread, 0.9).high / exact <= 1.6
+
+
+def test_an_interval_that_decides_allows_for_one_more_like_the_farthest() -> None:
+    values = np.random.default_rng(4).exponential(0.1, 400)
+    spread = spread_of_mean(values)
+    shown, deciding = spread_interval(spread, 0.9), deciding_interval(spread, 0.9)
+    assert deciding.low <= shown.low and deciding.high > shown.high
+    assert deciding.high - shown.high < 2 * values.max() / 400
 
 
 def test_p_is_where_an_end_meets_the_value() -> None:
     spread = spread_of_mean(np.random.default_rng(3).exponential(0.1, 60))
     for tail in (0.2, 0.05, 0.01):
-        bounds = spread_interval(spread, 1 - 2 * tail)
+        bounds = deciding_interval(spread, 1 - 2 * tail)
         assert spread_p(spread, bounds.low) == pytest.approx(tail)
         assert spread_p(spread, bounds.high) == pytest.approx(1 - tail)
     assert spread_p(spread, -9.0) < 1e-9 and spread_p(spread, 9.0) > 1 - 1e-9

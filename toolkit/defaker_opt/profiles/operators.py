@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from defaker_opt.profiles.measure import Call
 from defaker_opt.runtime import Session
 from defaker_opt.runtime.backends import Trace, find_backend
@@ -25,6 +28,8 @@ _PRODUCT_KINDS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulInteger",
 _PRODUCT_KINDS |= {"DynamicQuantizeMatMul", "Conv", "FusedConv", "ConvTranspose", "Einsum"}
 # Nodes that onnxruntime put in by itself carry no module.
 ADDED = "added by the runtime"
+# Of the search for what tracing adds: a millisecond is then known to a billionth.
+_HALVINGS = 40
 
 
 @dataclass(frozen=True)
@@ -43,20 +48,25 @@ class OperatorTime:
 class StageOperators:
     """operators: the costliest first; medians, as a single run is easily disturbed. categories: their sums by purpose.
 
-    covered: share of the traced runs' own time that is inside operators; the rest is between them, where the trace
-    itself writes for some microseconds an operator. stage_ms: operators and what is between them, an image.
+    stage_ms: an image, when nothing is traced. tracing_ms: what tracing adds to a call of an operator, and is taken off
+    each: as much as makes the operators together no longer than the stage, and never more than the operator took.
     """
 
     stage: str
     stage_ms: float
     operators: tuple[OperatorTime, ...]
     categories: Mapping[str, float]
-    covered: float
+    tracing_ms: float
 
     @property
     def between_ms(self) -> float:
         """Milliseconds an image that are in no operator."""
-        return self.stage_ms - sum(self.categories.values())
+        return max(0.0, self.stage_ms - sum(self.categories.values()))
+
+    @property
+    def covered(self) -> float:
+        """Share of the stage that is inside operators, 0…1."""
+        return 1 - self.between_ms / self.stage_ms
 
 
 def measure_operators(session: Session, calls: Sequence[Call], repeat: int) -> tuple[StageOperators, ...]:
@@ -75,24 +85,39 @@ def measure_operators(session: Session, calls: Sequence[Call], repeat: int) -> t
 
 def summarize_operators(stage: str, trace: Trace, calls: int) -> StageOperators:
     """Add up each node's median over the repetitions, by module and kind."""
-    repeat = len(trace.run_ms) // calls
+    plain = np.array(trace.plain_ms).reshape(-1, calls)
+    repeat, stage_ms = len(plain), float(np.median(plain, axis=0).sum())
     times: dict[tuple[int, str, str], list[float]] = defaultdict(list)
     for each in trace.operators:
         times[each.run % calls, each.name, each.kind].append(each.milliseconds)
-    totals: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    counts: dict[tuple[str, str, str], int] = defaultdict(int)
-    for (_, name, kind), samples in times.items():
+    # The runtime's own nodes may share a name within one run.
+    counts = {key: len(samples) // repeat for key, samples in times.items()}
+    medians = np.array([statistics.median(samples) for samples in times.values()])
+    tracing_ms = _tracing(medians, np.array(list(counts.values())), stage_ms)
+    totals: dict[tuple[str, str, str], float] = defaultdict(float)
+    called: dict[tuple[str, str, str], int] = defaultdict(int)
+    for ((_, name, kind), count), median in zip(counts.items(), medians):
         key = (module_of(name, stage), kind, category_of(name, kind))
-        # The runtime's own nodes may share a name within one run.
-        counts[key] += len(samples) // repeat
-        totals[key].append(statistics.median(samples) * (len(samples) // repeat))
-    rows = [OperatorTime(stage, *key, counts[key], sum(values)) for key, values in totals.items()]
+        called[key] += count
+        totals[key] += count * max(0.0, float(median) - tracing_ms)
+    rows = [OperatorTime(stage, *key, called[key], total) for key, total in totals.items()]
     rows.sort(key=lambda row: -row.milliseconds)
     categories: dict[str, float] = defaultdict(float)
     for row in rows:
         categories[row.category] += row.milliseconds
-    covered = sum(each.milliseconds for each in trace.operators) / sum(trace.run_ms)
-    return StageOperators(stage, sum(categories.values()) / covered, tuple(rows), dict(categories), covered)
+    return StageOperators(stage, stage_ms, tuple(rows), dict(categories), tracing_ms)
+
+
+def _tracing(medians: NDArray[np.float64], counts: NDArray[np.int64], stage_ms: float) -> float:
+    """The smallest milliseconds that, taken off every call, leave no more than the stage; 0 if nothing must go."""
+    low, high = 0.0, float(medians.max(initial=0.0))
+    if float(medians @ counts) <= stage_ms:
+        return 0.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        left = float(np.maximum(medians - middle, 0) @ counts)
+        low, high = (middle, high) if left > stage_ms else (low, middle)
+    return high
 
 
 def module_of(name: str, stage: str) -> str:

@@ -22,7 +22,7 @@ from defaker_opt.statistics.decision import decide, decide_interval, is_implausi
 from defaker_opt.statistics.intervals import clopper_pearson_upper
 from defaker_opt.statistics.paired_proportions import PairedCounts, count_pairs, mcnemar_exact, tango_interval
 from defaker_opt.statistics.sample_size import images_needed
-from defaker_opt.statistics.spread import FEWEST_CARRIERS, Spread, spread_interval, spread_of
+from defaker_opt.statistics.spread import FEWEST_CARRIERS, Spread, deciding_interval, spread_interval, spread_of
 
 # All metrics in the order of the tables; `mask_area` shows a bias and cannot be limited.
 METRICS = (*LIMITABLE, "mask_area")
@@ -138,7 +138,7 @@ def _auc_figure(sample: Sample, limit: Limit | None) -> Figure:
         bounds = compare_auc(evidence.labels, *scores, sample.clusters.index, two_sided(limit.confidence))
         assert bounds is not None
         size = Size(compared.standard_error, len(evidence), compared.clusters)
-        check = _check_interval(compared.drop, bounds.interval, compared.interval, limit, size)
+        check = _check_interval(compared.drop, bounds.deciding, compared.interval, limit, size)
     return Figure(
         metric="verdict_auc",
         better="higher",
@@ -164,7 +164,7 @@ def _spread_figure(metric: str, sample: Sample, limit: Limit | None) -> Figure:
     n = int(figure.used.sum())
     check = None
     if limit:
-        bounds = spread_interval(spread, two_sided(limit.confidence))
+        bounds = deciding_interval(spread, two_sided(limit.confidence))
         size = Size(spread.standard_error, n, spread.clusters)
         check = _check_interval(figure.drop, bounds, interval, limit, size)
     return Figure(

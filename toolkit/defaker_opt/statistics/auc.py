@@ -10,12 +10,15 @@ from scipy import stats
 
 from defaker_opt.statistics import Floats, Interval, check_share
 from defaker_opt.statistics.intervals import unseen_change
+from defaker_opt.statistics.spread import deciding_interval, spread_of
 
 
 @dataclass(frozen=True)
 class AucComparison:
-    """reference, build: areas, 0…1. drop: reference − build. interval: of the drop.
+    """reference, build: areas, 0…1. drop: reference − build. interval: of the drop, to be shown.
 
+    deciding: to hold a limit against; it allows for one group more (`deciding_interval`), without which DeLong's
+    interval accepts too often where pictures are few (profiling/coverage.py).
     standard_error: of the drop; 0 where no picture's rank changed. clusters: how many independent groups there are.
     """
 
@@ -23,6 +26,7 @@ class AucComparison:
     build: float
     drop: float
     interval: Interval
+    deciding: Interval
     standard_error: float
     clusters: int
 
@@ -57,7 +61,9 @@ def compare_auc(
     else:
         half = error * float(stats.t.ppf((1 + confidence) / 2, max(independent_groups - 1, 1)))
     interval = Interval(max(-1.0, drop - half), min(1.0, drop + half))
-    return AucComparison(float(areas[0]), float(areas[1]), drop, interval, error, len(difference))
+    spread = spread_of(drop, difference, np.arange(len(difference)))
+    deciding = deciding_interval(spread, confidence) if spread.standard_error else interval
+    return AucComparison(float(areas[0]), float(areas[1]), drop, interval, deciding, error, len(difference))
 
 
 def auc_influence(labels: NDArray[np.int64], scores: Floats) -> tuple[Floats, Floats]:

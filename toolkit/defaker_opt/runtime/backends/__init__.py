@@ -37,9 +37,11 @@ class Operator:
 
 @dataclass(frozen=True)
 class Trace:
-    """run_ms: milliseconds of each run as a whole, with the trace's own work. operators: of all runs."""
+    """plain_ms: milliseconds of each run when nothing is traced. operators: of as many traced runs of the same calls,
+    each with what tracing adds to it.
+    """
 
-    run_ms: tuple[float, ...]
+    plain_ms: tuple[float, ...]
     operators: tuple[Operator, ...]
 
 
@@ -47,7 +49,7 @@ class Backend(Protocol):
     """What a backend module offers.
 
     One that can tell where time goes also has `trace_stage(file, spec, options, calls, repeat)`: each call, that is its
-    input arrays and the names of its outputs, is run in turn, `repeat` times over; returns a Trace of all runs.
+    input arrays and the names of its outputs, is run in turn, `repeat` times over, plain and traced; returns a Trace.
     """
 
     def open_stage(self, file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,20 +54,34 @@ def trace_stage(
     calls: Sequence[tuple[Tensors, tuple[str, ...]]],
     repeat: int,
 ) -> Trace:
-    """See `Backend`. The first round warms up and is not returned; run numbers count the calls of later rounds."""
+    """See `Backend`. The first round of each kind warms up and is not returned; run numbers count the calls of later
+    rounds. One session is open at a time, as a stage may fill half of a device's memory.
+    """
+    for tensors, _ in calls:
+        check_input(spec, tensors)
+    plain = _time_runs(_open(file, _settings(options)), calls, repeat)
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(options)
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / spec.name)
         session = _open(file, settings)
-        for _ in range(repeat + 1):
-            for tensors, outputs in calls:
-                check_input(spec, tensors)
-                session.run(list(outputs), dict(tensors))
+        _time_runs(session, calls, repeat)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    runs = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")
-    operators = _operators(events, [began + took for began, took in runs], skip=len(calls))
-    return Trace(tuple(took / 1e3 for _, took in runs[len(calls) :]), tuple(operators))
+    ends = sorted(event["ts"] + event["dur"] for event in events if event["name"] == "model_run")
+    return Trace(tuple(plain), tuple(_operators(events, ends, skip=len(calls))))
+
+
+def _time_runs(
+    session: onnxruntime.InferenceSession, calls: Sequence[tuple[Tensors, tuple[str, ...]]], repeat: int
+) -> list[float]:
+    """Milliseconds of each run, all calls in turn; one more round goes before."""
+    took = []
+    for _ in range(repeat + 1):
+        for tensors, outputs in calls:
+            began = time.perf_counter()
+            session.run(list(outputs), dict(tensors))
+            took.append(1e3 * (time.perf_counter() - began))
+    return took[len(calls) :]
 
 
 def _operators(events: Sequence[Mapping[str, Any]], ends: Sequence[int], skip: int) -> Iterator[Operator]:
