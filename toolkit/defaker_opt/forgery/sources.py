@@ -32,7 +32,7 @@ LONGEST_SIDE = 1024
 SHORTEST_SIDE = 64
 
 # Pictures up to this many bytes in all are kept decoded; the rest are decoded each time they are used.
-DECODED_BYTES = 512 * 2**20
+DECODED_BYTES = 2**30
 
 # Wheel → the folder of its photographs.
 FOLDERS = {
