@@ -133,4 +133,4 @@ def _judge_recipe(name: str, targets: dict[str, Finding], verbs: tuple[Finding, 
     target = targets.get(recipe.target)
     if target is None or target.answer != "yes":
         return Finding(name, "no", f"its target {recipe.target} does not run here")
-    return Finding(name, "yes", recipe.description)
+    return Finding(name, "yes")

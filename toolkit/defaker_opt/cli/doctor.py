@@ -41,10 +41,12 @@ def _print(found: Diagnosis) -> None:
         facts.add_row(f"[bold]{name}[/]", value)
     console.print(f"[bold]defaker-opt {found.version}[/] on Python {found.machine.python}", highlight=False)
     console.print(facts, highlight=False)
-    sides = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    sides.add_row(_table("commands", found.verbs), _table("recipes made here", found.recipes))
-    console.print(sides, highlight=False)
-    console.print(_table("targets whose builds run here", found.targets), highlight=False)
+    for title, findings in (
+        ("commands", found.verbs),
+        ("recipes made here", found.recipes),
+        ("targets whose builds run here", found.targets),
+    ):
+        console.print(_table(title, findings), highlight=False)
 
 
 def _facts(machine: Machine) -> list[tuple[str, str]]:
@@ -71,9 +73,12 @@ def _table(title: str, findings: tuple[Finding, ...]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0))
-    for finding in findings:
+    alike: dict[tuple[str, str], list[str]] = {}
+    for finding in sorted(findings, key=lambda finding: list(_MARKS).index(finding.answer)):
         about = "; ".join(filter(None, (finding.reason, finding.remedy)))
-        table.add_row(_MARKS[finding.answer], finding.name, f"[dim]{about}[/]")
+        alike.setdefault((finding.answer, about), []).append(finding.name)
+    for (answer, about), names in alike.items():
+        table.add_row(_MARKS[answer], "; ".join(names), f"[dim]{about}[/]")
     if not findings:
         table.add_row("", "[dim]unknown: reading them needs PyYAML; pip install pyyaml[/]")
     return table
