@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from defaker_opt.profiles.energy import (
     nvidia_watts,
     rapl_zones,
     read_temperature,
-    tegrastats_watts,
     wait_for_steady_heat,
 )
+from defaker_opt.profiles.tegrastats import Tegrastats, tegrastats_watts
 from tests.machines import write_tree
 
 NOTHING = lambda command: None  # noqa: E731
@@ -79,6 +80,30 @@ def test_a_jetson_tells_its_rails(tmp_path: Path) -> None:
     assert isinstance(meter, Sampled)
     assert meter.name == "INA3221, VDD_IN"
     assert meter.watts() == pytest.approx(7.5)
+
+
+def write_tegrastats(folder: Path, line: str) -> str:
+    """A command of that name that prints a line every 20 ms, and one that ends at once if there is none."""
+    command = folder / "tegrastats"
+    command.write_text(f"#!/bin/sh\nwhile [ -n '{line}' ]; do echo '{line}'; sleep 0.02; done\n")
+    command.chmod(0o755)
+    return str(folder)
+
+
+def test_tegrastats_counts_where_rails_cannot_be_read(tmp_path: Path) -> None:
+    meter = find_meter(tmp_path, NOTHING, write_tegrastats(tmp_path, LINE))
+    assert isinstance(meter, Tegrastats)
+    begun = time.perf_counter()
+    meter.start()
+    time.sleep(0.3)
+    joules = meter.stop()
+    assert joules == pytest.approx(7.542 * (time.perf_counter() - begun), rel=0.2)
+    assert meter.process.poll() is not None
+
+
+@pytest.mark.parametrize("line", ["RAM 3021/7620MB", ""])
+def test_a_tegrastats_without_power_is_no_meter(line: str, tmp_path: Path) -> None:
+    assert isinstance(find_meter(tmp_path, NOTHING, write_tegrastats(tmp_path, line)), str)
 
 
 def test_lines_of_tegrastats() -> None:

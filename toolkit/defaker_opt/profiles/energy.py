@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from defaker_opt.machine import Ask, ask_command
+from defaker_opt.profiles.tegrastats import Tegrastats, tells_power
 
 _SAMPLE_SECONDS = 0.1
 _POWERCAP = "sys/class/powercap"
@@ -94,8 +96,8 @@ class Sampled:
         return self.joules
 
 
-def find_meter(root: Path = Path("/"), ask: Ask = ask_command) -> Meter | str:
-    """The best meter there is, or why there is none."""
+def find_meter(root: Path = Path("/"), ask: Ask = ask_command, path: str | None = None) -> Meter | str:
+    """The best meter there is, or why there is none. path: where commands are; the environment's if not given."""
     rails = ina3221_rails(root)
     if rails:
         name, rail = next(
@@ -103,12 +105,19 @@ def find_meter(root: Path = Path("/"), ask: Ask = ask_command) -> Meter | str:
         )
         chosen = [rail] if rail else list(rails.values())
         return Sampled(f"INA3221, {name}", lambda: sum(map(_rail_watts, chosen)))
+    # Where the rails' files may not be read, JetPack's own command may still tell.
+    tegrastats = shutil.which("tegrastats", path=path)
+    if tegrastats and tells_power(tegrastats):
+        return Tegrastats(tegrastats)
     zones = rapl_zones(root)
     if zones:
         return Rapl(zones)
     if nvidia_watts(ask) is not None:
         return Sampled("NVML by nvidia-smi, the GPU alone", lambda: nvidia_watts(ask) or 0.0)
-    return "not measured: no readable RAPL (sys/class/powercap), no INA3221 rail and no GPU whose driver answers"
+    return (
+        "not measured: no readable RAPL (sys/class/powercap), no INA3221 rail, no power from tegrastats, no GPU whose "
+        "driver answers"
+    )
 
 
 def rapl_zones(root: Path) -> list[Path]:
@@ -135,12 +144,6 @@ def ina3221_rails(root: Path) -> dict[str, tuple[Path, Path]]:
 
 def _rail_watts(rail: tuple[Path, Path]) -> float:
     return _number(rail[0]) * _number(rail[1]) / 1e6
-
-
-def tegrastats_watts(line: str) -> float | None:
-    """The power of the moment in a line of tegrastats: VDD_IN, else the sum of all rails; None if it names none."""
-    rails = {name: float(value) / 1e3 for name, value in re.findall(r"\b(V\w+) (\d+)mW(?:/\d+mW)?", line)}
-    return rails.get("VDD_IN", sum(rails.values())) if rails else None
 
 
 def nvidia_watts(ask: Ask) -> float | None:
