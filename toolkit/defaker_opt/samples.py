@@ -70,6 +70,14 @@ def load_samples(name: str, cache_folder: Path, progress: Progress) -> Samples:
     return samples
 
 
+def expected_samples(name: str) -> tuple[int, int]:
+    """How many pictures `load_samples` would give, and their longest side in px, 0 if unknown; nothing is drawn."""
+    if Path(name).suffix == ".csv":
+        return len(_table(name)), 0
+    spec, _ = load_spec(_EMBEDDED_SET if name == EMBEDDED else name)
+    return spec.images, spec.size
+
+
 def _table(name: str) -> tuple[Item, ...]:
     table = load_suite_file(Path(name), None)
     if table.problems:

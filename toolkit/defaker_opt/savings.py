@@ -17,7 +17,7 @@ class Savings:
     verdict_head: bool = True
     # The fixed prompts as embeddings. Off: token ids, and the whole table of embeddings to look them up in.
     prompt_embeddings: bool = True
-    # Prompt and picture read once for both questions. Off: once for each.
+    # Picture encoded, and read with its prompt, once for both questions. Off: once for each.
     shared_prefix: bool = True
     # The mask's fixed answer read with its question. Off: one step a word, each with every word's logit.
     appended_answer: bool = True

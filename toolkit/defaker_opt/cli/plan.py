@@ -64,7 +64,12 @@ def _print(found: Forecast, title: str) -> None:
     for column in ("step", "where", "seconds", "memory GB"):
         steps.add_column(column, justify="left" if column in ("step", "where") else "right")
     for step in found.steps:
-        steps.add_row(step.name, step.where, f"{step.seconds:.2g}", f"{step.memory_bytes / 1e9:.2f}")
+        steps.add_row(
+            step.name,
+            step.where,
+            f"{step.seconds:,.0f}" if step.seconds >= 10 else f"{step.seconds:.2g}",
+            f"{step.memory_bytes / 1e9:.2f}",
+        )
     console.print(steps)
     limit = f"{found.memory_limit_bytes / 1e9:.1f} GB"
     print(f"at best {found.latency.floor_ms:.1f} ms an image by the device's stated rates; a detector may take {limit}")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector
+from defaker_opt.methods import Need
 from defaker_opt.progress import Progress
 from defaker_opt.samples import Samples
 from defaker_opt.target import Target
@@ -24,12 +25,13 @@ class PassResult:
 class Preview:
     """What a pass would do: the scheme each linear weight would get, and the reason where it stays float.
 
-    looks: why pictures are needed for it, "" if they are not.
+    looks: why pictures are needed for it, "" if they are not. needs: what must be seen of which layers.
     """
 
     schemes: Mapping[str, str]
     reasons: Mapping[str, str]
     looks: str = ""
+    needs: Mapping[str, tuple[Need, ...]] = field(default_factory=dict)
 
 
 class Pass(Protocol):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.device import Device
 from defaker_opt.planning.formulas import Counts, picture_load, stage_counts
+from defaker_opt.planning.looking import looking_cost, torch_rate
+from defaker_opt.planning.memory import RUN_BASE_BYTES, making_bytes, running_bytes
 from defaker_opt.preview import quantized_bytes
 from defaker_opt.recipe import Recipe
 from defaker_opt.runtime.spec import VOCABULARY_HEAD
@@ -19,11 +21,6 @@ from defaker_opt.target import Target
 _BLOCK_BYTES = {"float": 7_000, "quantized": 12_500}
 _REST_BYTES = {"vision_encoder": 6_000, "language": 4_500, "mask_encoder": 6_000, "mask_decoder": 68_000}
 _MANIFEST_BYTES, _MANIFEST_ENTRY_BYTES = 8_500, 150
-# Measured: 58 MB for a process with numpy, pillow and onnxruntime, 37 MB for four sessions without weights; and what
-# torch, transformers and the exporter take.
-RUN_BASE_BYTES, MAKE_BASE_BYTES = 95e6, 600e6
-# onnxruntime holds a stage's weights once more, laid out for its kernels, and its arena grows by powers of two.
-_ARENA = 1.5
 _FLOAT = 4
 # Making a build on two cores: what does not depend on size, tracing one block, and bytes of weights a second through
 # quantizing, writing and hashing. Seconds, measured.
@@ -88,10 +85,16 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
     previews = [each.check(detector.config, target) for each in recipe.passes]
     schemes = {name: scheme for preview in previews for name, scheme in preview.schemes.items()}
     sizes = predict_sizes(detector, schemes, recipe)
-    counts = stage_counts(detector.config, picture_load(detector.config, tiles, target.session.tokens))
+    load = picture_load(detector.config, tiles, target.session.tokens, recipe.savings.shared_prefix)
+    counts = stage_counts(detector.config, load)
     halves = 1.0 if target.available else 0.5  # engines hold what stays float in 16 bits
-    run_memory = _run_memory(detector, sizes, counts, tiles, halves)
-    steps = [_make_step(detector, sizes, counts, here)]
+    open_mb = target.session.open_mb
+    run_memory = running_bytes(detector, sizes.stages, counts, load, halves, open_mb)
+    needs = {name: wanted for preview in previews for name, wanted in preview.needs.items()}
+    looking = [looking_cost(detector, needs, recipe.calibration, here)] if needs and recipe.calibration else []
+    steps = [Step("look at pictures", "this machine", cost.seconds, cost.memory_bytes) for cost in looking]
+    making = making_bytes(detector, sizes.stages, open_mb)
+    steps.append(Step("quantize and export", "this machine", _make_seconds(detector, sizes, counts, here), making))
     if device.engine_build_memory:
         largest = max(sizes.stages.values()) * halves
         seconds = sum(sizes.stages.values()) * halves / _ENGINE_RATE
@@ -109,8 +112,6 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
         warnings.append(
             f"{latency.total_ms:.0f} ms an image is over the target's budget of {device.budget.latency_ms:g} ms"
         )
-    if any(preview.looks for preview in previews):
-        warnings.append("time and memory for looking at pictures, before codes are chosen, are not in this forecast")
     return Forecast(recipe.name, sizes, tuple(steps), run_memory, latency, limit, not too_large, why, tuple(warnings))
 
 
@@ -143,26 +144,13 @@ def _blocks(detector: Detector, stage: str) -> int:
     return {**blocks, "mask_encoder": sum(config.segmenter.blocks)}.get(stage, 0)
 
 
-def _run_memory(detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], tiles: int, halves: float) -> float:
-    """Libraries, every stage's weights, what each stage's arena keeps, and key/values."""
-    language = detector.config.language
-    load = picture_load(detector.config, tiles, 0)
-    keys = 2 * language.layers * language.kv_heads * language.head_dim * (load.prefix + load.mask) * _FLOAT
-    arenas = sum(_FLOAT * halves * _ARENA * stage.peak_values for stage in counts.values())
-    embeddings = _FLOAT * load.prefix * language.hidden_size
-    return RUN_BASE_BYTES + halves * sum(sizes.stages.values()) + arenas + halves * 2 * keys + embeddings
-
-
-def _make_step(detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], here: Device) -> Step:
+def _make_seconds(detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], here: Device) -> float:
     """Quantizing, exporting and checking, on the machine at hand."""
     shapes = {stage: parameter_shapes(detector.config, stage) for stage in sizes.stages}
     floats = {stage: _FLOAT * sum(map(math.prod, found.values())) for stage, found in shapes.items()}
     blocks = sum(_blocks(detector, stage) for stage in sizes.stages)
-    rate = here.peaks["fp32"].value * 1e12 * here.efficiency.compute.value
-    checks = _CHECK_RUNS * sum(stage.total for stage in counts.values()) / rate
-    seconds = _START_SECONDS + blocks * _BLOCK_SECONDS + sum(floats.values()) / _WEIGHT_RATE + checks
-    arenas = sum(_FLOAT * _ARENA * stage.peak_values for stage in counts.values())
-    return Step("quantize and export", "this machine", seconds, MAKE_BASE_BYTES + sum(sizes.stages.values()) + arenas)
+    checks = _CHECK_RUNS * sum(stage.total for stage in counts.values()) / torch_rate(here)
+    return _START_SECONDS + blocks * _BLOCK_SECONDS + sum(floats.values()) / _WEIGHT_RATE + checks
 
 
 def predict_latency(

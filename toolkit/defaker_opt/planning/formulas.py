@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from defaker_opt.config import DetectorConfig, SegmenterConfig
+from defaker_opt.runtime.images import tile_grid
 
 # How often elementwise operators read or write each number of a block. They make the forecast of the reference detector
 # and of InternViT-300M agree with what was measured; about half of it stays in caches, and is not counted.
@@ -144,24 +145,41 @@ def mask_decoder_counts(config: DetectorConfig) -> Counts:
 
 @dataclass(frozen=True)
 class Load:
-    """What one picture asks for. tiles: with the thumbnail. prefix: tokens of prompt, picture and questions' start."""
+    """What one picture asks for. tiles: with the thumbnail. prefix: tokens of prompt, picture and questions' start.
+
+    readings: how often picture and prefix are read, once or for each of the two questions.
+    """
 
     tiles: int
     prefix: int
     verdict: int
     mask: int
     blocks: tuple[int, ...]
+    readings: int = 1
 
 
-def picture_load(config: DetectorConfig, tiles: int, block: int) -> Load:
-    """The load of a picture cut into so many tiles, whose prefix is read in blocks of `block` tokens (0: at once)."""
+def tile_count(config: DetectorConfig, width: int, height: int) -> int:
+    """Tiles of a picture of that size in px, with the thumbnail."""
+    tiling = config.tiling
+    columns, rows = tile_grid(width, height, tiling.tile_size, tiling.min_tiles, tiling.max_tiles)
+    return columns * rows + (columns * rows > 1)
+
+
+def picture_load(config: DetectorConfig, tiles: int, block: int, shared_prefix: bool = True) -> Load:
+    """The load of a picture cut into so many tiles, whose prefix is read in blocks of `block` tokens (0: at once).
+
+    Without shared_prefix it is read whole with each question.
+    """
     prompt = config.prompt
     assert prompt is not None
     shared = prompt.shared()
     prefix = len(prompt.before) + tiles * config.tokens_per_tile + shared
+    verdict, mask = len(prompt.verdict) - shared, len(prompt.mask) - shared
+    if not shared_prefix:
+        return Load(tiles, prefix, verdict, mask, (), readings=2)
     step = block or prefix
     blocks = tuple(min(step, prefix - start) for start in range(0, prefix, step))
-    return Load(tiles, prefix, len(prompt.verdict) - shared, len(prompt.mask) - shared, blocks)
+    return Load(tiles, prefix, verdict, mask, blocks)
 
 
 def stage_counts(config: DetectorConfig, load: Load) -> Mapping[str, Counts]:
@@ -170,9 +188,10 @@ def stage_counts(config: DetectorConfig, load: Load) -> Mapping[str, Counts]:
     for block in load.blocks:
         calls.append(language_counts(config, block, done))
         done += block
-    calls += [language_counts(config, question, done) for question in (load.verdict, load.mask)]
+    unread = load.prefix - done
+    calls += [language_counts(config, unread + question, done) for question in (load.verdict, load.mask)]
     return {
-        "vision_encoder": vision_counts(config, load.tiles),
+        "vision_encoder": _add(iter([vision_counts(config, load.tiles)] * load.readings)),
         "language": _add(iter(calls)),
         "mask_encoder": mask_encoder_counts(config),
         "mask_decoder": mask_decoder_counts(config),

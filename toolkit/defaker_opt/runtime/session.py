@@ -19,12 +19,9 @@ from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock, Span
 from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
 from defaker_opt.runtime.prompts import Prefix, extend_, load_prompts, question_input
-from defaker_opt.runtime.spec import VOCABULARY_HEAD, StageSpec
+from defaker_opt.runtime.spec import PHASES, VOCABULARY_HEAD, StageSpec
 
 Array = NDArray[np.float32]
-
-# Stages that take turns on a picture; those of one phase are needed by turns, so they stay open together.
-_PHASES = {"vision_encoder": 0, "language": 1, VOCABULARY_HEAD: 1, "mask_encoder": 2, "mask_decoder": 2}
 
 # With fewer cores than this, two stages at once only get in each other's way.
 _CORES_FOR_TWO = 4
@@ -89,6 +86,8 @@ class Session:
             greedy: tuple[int, ...] = ()
             words = decode_free(self, prefix, clock, explain_words) if explain_words else ()
             if probability >= gate:
+                if not self.build.manifest.saves("shared_prefix"):
+                    prefix = self.read_prefix(self.see(tiles, clock), clock)
                 embedding, greedy = self._find_mask(prefix, clock)
                 del prefix  # its key/values are large, and the mask encoder needs room
                 mask_logits = self._mask_logits(image, embedding, ahead, clock)
@@ -136,7 +135,7 @@ class Session:
     def _make_room_for(self, stage: str) -> None:
         """Where not all stages may be open at once, close those of other phases."""
         if self._is_short_of_memory():
-            for other in [other for other in self._open if _PHASES[other] != _PHASES[stage]]:
+            for other in [other for other in self._open if PHASES[other] != PHASES[stage]]:
                 del self._open[other]
 
     def _is_short_of_memory(self) -> bool:

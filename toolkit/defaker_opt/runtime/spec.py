@@ -10,6 +10,9 @@ STAGES = ("vision_encoder", "language", "mask_encoder", "mask_decoder")
 # A fifth, in builds that are made without the eight-row verdict head.
 VOCABULARY_HEAD = "vocabulary_head"
 
+# Stages that take turns on a picture; those of one phase are needed by turns, so they stay open together.
+PHASES = {"vision_encoder": 0, "language": 1, VOCABULARY_HEAD: 1, "mask_encoder": 2, "mask_decoder": 2}
+
 # A size is a number, or the name of one that changes from image to image ("tiles", "tokens", "past").
 Size = int | str
 
