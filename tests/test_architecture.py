@@ -19,7 +19,7 @@ LAYERS = (
     {"errors"},
     {"catalog", "strict", "progress"},
     {"runtime", "device", "machine"},
-    {"files", "config", "target", "methods", "statistics", "savings", "limits", "explanation"},
+    {"files", "config", "target", "methods", "statistics", "savings", "limits", "explanation", "histogram"},
     {"recipe", "weights", "shards", "sample", "forgery", "spool", "streaming"},
     {"stages", "benchmarks", "presets", "checkpoint"},
     {"detector", "samples"},

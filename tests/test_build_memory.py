@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,14 @@ def test_a_streamed_stage_holds_little_between_its_blocks(stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", [Scheme(8), Scheme(8, activations="token"), Scheme(4, 32, "block"), Scheme(4, 16, "block")], ids=str
+    "scheme",
+    [Scheme(8), Scheme(8, activations="token"), Scheme(8, activations="static"), Scheme(4, 32, "block")],
+    ids=str,
 )
 def test_spooled_codes_come_back_as_they_were(scheme: Scheme, tmp_path: Path) -> None:
     weight = RoundToNearest().quantize(np.random.default_rng(1).standard_normal((6, 64)).astype(np.float32), scheme)
+    if scheme.activations == "static":
+        weight = replace(weight, input_scale=0.1)
     spooled = SpooledCodes(tmp_path)
     assert "a.b.weight" not in spooled
     spooled["a.b.weight"] = weight
@@ -132,7 +137,7 @@ def test_spooled_codes_come_back_as_they_were(scheme: Scheme, tmp_path: Path) ->
         again = codes["a.b.weight"]
         np.testing.assert_array_equal(again.codes, weight.codes)
         np.testing.assert_array_equal(again.scale, weight.scale)
-        assert again.scheme == scheme
+        assert again.scheme == scheme and again.input_scale == weight.input_scale
         assert again.codes.dtype == np.int8
     del spooled["a.b.weight"]
     assert list(tmp_path.iterdir()) == []

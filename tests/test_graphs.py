@@ -146,6 +146,29 @@ def test_an_input_factor_is_multiplied_in_before_the_codes(
     assert np.linalg.norm(got - expected) <= (1e-5 if plain else 0.03) * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("encoding", ["qdq_uint8", "qdq_int8"])
+@pytest.mark.parametrize("step", [0.01, 0.4])
+def test_static_activations_are_rounded_and_cut(
+    encoding: str, step: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = np.random.default_rng(2).standard_normal((24, 96)).astype(np.float32)
+    detector = OneLayer(weight, parse_scheme("int8-static"))
+    (key,) = detector.codes
+    detector.codes[key] = replace(detector.codes[key], input_scale=step)
+    monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: {key: (24, 96)})
+    monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: {key: (24, 96)})
+    graph = one_layer_graph(24, 96)
+    codes_module.fill_weights_(graph, detector, {"float": "matmul", "int8-static": encoding})  # type: ignore[arg-type]
+    path = write_graph(graph, tmp_path)[0]
+    ((_, decoded),) = decoded_weights(path)
+    np.testing.assert_array_equal(decoded, detector.codes[key].dequantize())
+    x = outliers(19, 96)
+    rounded = step * np.clip(np.rint(x.astype(np.float64) / np.float32(step)), -128, 127)
+    got = open_stage(path, graph.spec, {})({"x": x}, ("y",))["y"]
+    expected = rounded @ decoded.T.astype(np.float64) + np.arange(24)
+    assert np.abs(x).max() > 127 * 0.4 and np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
 def test_one_scale_a_token_survives_outliers_in_other_tokens() -> None:
     weight = np.random.default_rng(2).standard_normal((32, 128)).astype(np.float32)
     quantized, x = RoundToNearest().quantize(weight, Scheme(8)), outliers(40, 128)

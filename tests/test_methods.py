@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from defaker_opt.catalog import find_module, module_names
-from defaker_opt.graph.codes import pack_codes, unpack_codes
+from defaker_opt.graph.packing import pack_codes, unpack_codes
 from defaker_opt.methods import SCHEMES, Method, QuantizedWeight, Scheme, Statistics, parse_scheme
 from defaker_opt.spool import SpooledCodes
 from tests.reference.quantization import (

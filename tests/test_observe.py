@@ -276,3 +276,24 @@ def test_options_of_a_method_are_checked(scheme: str) -> None:
     with pytest.raises(Invalid, match=r"options\.dampng: unknown key.*did you mean 'damping'"):
         Rule("*", scheme, "gptq", {"dampng": 0.1})  # type: ignore[arg-type]
     assert Rule("*", scheme, "gptq", {"damping": 0.1}).chooser().NEEDS == ("hessian",)  # type: ignore[arg-type]
+
+
+def test_ranges_belong_to_static_activations() -> None:
+    from defaker_opt.strict import Invalid
+
+    assert Rule("*", "int8-static").needs() == ("histogram",)
+    assert Rule("*", "int8-static", "gptq", clip="entropy").needs() == ("hessian", "histogram")
+    with pytest.raises(Invalid, match="clip: int8 has no static activations; remove it, or choose the scheme int8-st"):
+        Rule("*", "int8", clip="mse")
+    with pytest.raises(Invalid, match="awq scales what a layer is given, so its range is not what was seen; choose an"):
+        Rule("*", "int8-static", "awq")
+
+
+def test_a_static_scale_is_of_what_the_layer_was_given() -> None:
+    weight = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    sums = Sums(("histogram",))
+    sums.add_(torch.tensor([[5.0] * 32, [-0.5] * 32]), None, None)
+    scheme = parse_scheme("int8-static")
+    assert scheme
+    chosen = Rule("*", "int8-static", clip="largest").codes(weight, scheme, sums.statistics())
+    assert chosen.input_scale == pytest.approx(5 / 127, rel=0.02) and chosen.scheme == scheme

@@ -16,6 +16,7 @@ FORMATS_OF = {
     "float": ("fp16", "bf16", "fp32"),
     "int8": ("int8",),
     "int8-token": ("int8",),
+    "int8-static": ("int8",),
     "int4": ("fp16", "bf16", "fp32"),
 }
 

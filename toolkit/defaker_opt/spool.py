@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from defaker_opt.methods import QuantizedWeight, Scheme, parse_scheme
 
 _CODES, _SCALE, _ZERO, _FACTOR = ".codes.npy", ".scale.npy", ".zero.npy", ".factor.npy"
+_INPUT = ".input.npy"
 
 
 class SpooledCodes(MutableMapping[str, QuantizedWeight]):
@@ -35,13 +36,16 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
         codes: NDArray[np.int8] = np.load(f"{place}{_CODES}", mmap_mode="r", allow_pickle=False)
         scale = np.load(f"{place}{_SCALE}", allow_pickle=False)
         zero, factor = (_load_if_there(Path(f"{place}{end}")) for end in (_ZERO, _FACTOR))
-        return QuantizedWeight(codes, scale, self.schemes[name], zero, factor)
+        given = _load_if_there(Path(f"{place}{_INPUT}"))
+        input_scale = None if given is None else float(given)
+        return QuantizedWeight(codes, scale, self.schemes[name], zero, factor, input_scale)
 
     def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
         place = self._place(name, weight.scheme)
         # The codes come last: where they are, a weight is complete.
-        parts = (weight.zero, _ZERO), (weight.input_factor, _FACTOR), (weight.scale, _SCALE), (weight.codes, _CODES)
-        for array, end in parts:
+        given = None if weight.input_scale is None else np.float64(weight.input_scale)
+        beside = (weight.zero, _ZERO), (weight.input_factor, _FACTOR), (given, _INPUT)
+        for array, end in (*beside, (weight.scale, _SCALE), (weight.codes, _CODES)):
             if array is None:
                 Path(f"{place}{end}").unlink(missing_ok=True)
                 continue
@@ -53,7 +57,7 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
 
     def __delitem__(self, name: str) -> None:
         place = self._place(name, self.schemes.pop(name))
-        for end in (_CODES, _SCALE, _ZERO, _FACTOR):
+        for end in (_CODES, _SCALE, _ZERO, _FACTOR, _INPUT):
             Path(f"{place}{end}").unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[str]:

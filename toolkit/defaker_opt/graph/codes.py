@@ -4,6 +4,9 @@ matmul                 float32 product; stored transposed, [in, out]
 matmul_integer         activations to uint8 with one scale a call, integer product, back to float;
                        stored as codes [in, out] int8 and scale [out]
 matmul_integer_token   the same with one scale a token, which outliers in other tokens cannot spoil
+qdq_uint8, qdq_int8    activations through QuantizeLinear and DequantizeLinear with one scale for good, as the uint8
+                       that CPUs multiply fastest or the int8 that TensorRT wants, and a float product with what
+                       DequantizeLinear makes of codes [in, out] int8 and scale [out]; runtimes make it an integer one
 matmul_nbits           onnxruntime's blocked product of few bits; codes packed [out, groups, group * bits / 8],
                        scale [out * groups], zero points packed [out * ceil(groups * bits / 8)]
 An input factor [in] of a layer's codes becomes a Mul before it.
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.graph import Graph
+from defaker_opt.graph.packing import pack_codes
 from defaker_opt.methods import QuantizedWeight
 
 # MatMulNBits: let the kernel round activations to 8 bits by block, which is what makes it faster than float.
@@ -36,7 +40,8 @@ _SMALLEST_SCALE = 1e-30
 # Codes of an activation: the uint8 tensor, its scale, its zero point.
 _Quantized = tuple[ir.Value, ir.Value, ir.Value]
 _MakeCodes = Callable[[ir.Graph, "_Layer"], tuple[list[ir.Node], _Quantized]]
-_QuantizedInputs = dict[tuple[_MakeCodes, ir.Value], _Quantized]
+# By how they are made, a function or a step for good, and what of.
+_QuantizedInputs = dict[tuple[_MakeCodes | float, ir.Value], _Quantized]
 _Codes = Callable[[], QuantizedWeight]
 
 
@@ -206,6 +211,29 @@ def _constant_(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     return graph.initializers[name]
 
 
+def _qdq_(zero: Any, graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
+    rows, columns = codes().codes.shape
+    step = codes().input_scale
+    assert step is not None, f"{layer.name}: static activations without a scale"
+    nodes, key = list[ir.Node](), (step, layer.x)
+    if key not in quantized:
+        nodes, quantized[key] = _static_codes(graph, layer, zero, step)
+    activation, input_scale, zero_point = quantized[key]
+    given = ir.node("DequantizeLinear", [activation, input_scale, zero_point], name=f"{layer.name}.dequantize")
+    weight = _add_tensor_(graph, f"{layer.name}.codes", (columns, rows), ir.DataType.INT8, lambda: codes().codes.T)
+    scale = _add_tensor_(graph, f"{layer.name}.scale", (rows,), ir.DataType.FLOAT, lambda: codes().scale[:, 0])
+    decoded = ir.node("DequantizeLinear", [weight, scale], {"axis": 1}, name=f"{layer.name}.dequantize_weight")
+    product = ir.node("MatMul", [given.outputs[0], decoded.outputs[0]], name=layer.name)
+    _replace_(graph, layer, [*nodes, given, decoded, product], product.outputs[0])
+
+
+def _static_codes(graph: ir.Graph, layer: _Layer, zero: Any, step: float) -> tuple[list[ir.Node], _Quantized]:
+    scale = _constant_(graph, f"{layer.name}.input_scale", np.float32(step))
+    zero_point = _constant_(graph, f"static_zero_{zero.dtype}", zero)
+    node = ir.node("QuantizeLinear", [layer.x, scale, zero_point], name=f"{layer.name}.quantize")
+    return [node], (node.outputs[0], scale, zero_point)
+
+
 def _scale_input_(graph: ir.Graph, layer: _Layer, codes: _Codes) -> None:
     """Multiply what a layer reads by its codes' input factor, if they have one."""
     if codes().input_factor is None:
@@ -261,26 +289,7 @@ def _packed_zero(codes: _Codes) -> NDArray[np.uint8]:
 WRITERS: dict[str, Callable[[ir.Graph, _Layer, _Codes, _QuantizedInputs], None]] = {
     "matmul_integer": _matmul_integer_,
     "matmul_integer_token": _matmul_integer_token_,
+    "qdq_uint8": functools.partial(_qdq_, np.uint8(_TOKEN_ZERO)),
+    "qdq_int8": functools.partial(_qdq_, np.int8(0)),
     "matmul_nbits": _matmul_nbits_,
 }
-
-
-def pack_codes(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Signed codes [rows, n] of 2 or 4 bits → bytes [rows, ceil(n * bits / 8)], the first code in the lowest bits.
-
-    They become unsigned, which moves zero to 2^(bits - 1); what is left of a last byte is zero.
-    """
-    per_byte = 8 // bits
-    unsigned = (codes + 2 ** (bits - 1)).astype(np.uint8)
-    filled = np.pad(unsigned, ((0, 0), (0, -codes.shape[1] % per_byte))).reshape(len(codes), -1, per_byte)
-    shifted = np.left_shift(filled, (bits * np.arange(per_byte)).astype(np.uint8))
-    packed: NDArray[np.uint8] = np.bitwise_or.reduce(shifted, axis=-1)
-    return packed
-
-
-def unpack_codes(packed: NDArray[np.uint8], bits: int, columns: int) -> NDArray[np.int8]:
-    """The inverse of `pack_codes`, for `columns` codes a row."""
-    shifts = (bits * np.arange(8 // bits)).astype(np.uint8)
-    unsigned = (packed[:, :, None] >> shifts) & (2**bits - 1)
-    signed: NDArray[np.int8] = unsigned.reshape(len(packed), -1)[:, :columns].astype(np.int8) - np.int8(2 ** (bits - 1))
-    return signed

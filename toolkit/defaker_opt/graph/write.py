@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.graph import Graph
-from defaker_opt.graph.codes import unpack_codes
+from defaker_opt.graph.packing import unpack_codes
 from defaker_opt.methods import Array, decode
 
 

@@ -18,6 +18,7 @@ SchemeName = Literal[
     "float",
     "int8",
     "int8-token",
+    "int8-static",
     "int4-g128",
     "int4-g64",
     "int4-g32",
@@ -29,12 +30,12 @@ SchemeName = Literal[
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
 
 # What calibration may be asked to collect, by the names of `Statistics`.
-Need = Literal["hessian", "shift", "mean_abs", "largest"]
+Need = Literal["hessian", "shift", "mean_abs", "largest", "histogram"]
 
 # The smallest group a blocked kernel accepts.
 MIN_GROUP = 16
 
-_NAME = re.compile(r"int(?P<bits>\d)(?P<token>-token)?(?P<asym>-asym)?(-g(?P<group>\d+))?")
+_NAME = re.compile(r"int(?P<bits>\d)(-(?P<activations>token|static))?(?P<asym>-asym)?(-g(?P<group>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Scheme:
     """How weights become integers, and with what precision activations meet them.
 
     bits: of a code. group_size: how many columns of a row share one scale (None: the whole row).
-    activations: "tensor" or "token": what shares one 8-bit scale, found anew at each call. 4-bit products choose for
-    themselves and say "block". zero_point: "fixed", zero is the code 0, or "group", each group has its own.
+    activations: "tensor" or "token": what shares one 8-bit scale, found anew at each call; "static": one for good,
+    found by calibration. 4-bit products choose for themselves and say "block". zero_point: "fixed", zero is the code 0,
+    or "group", each group has its own.
     """
 
     bits: int
@@ -53,8 +55,9 @@ class Scheme:
 
     @property
     def kind(self) -> str:
-        """What a target looks its encoding up by: "int8", "int8-token", "int4" or "int2"."""
-        return f"int{self.bits}-token" if self.activations == "token" else f"int{self.bits}"
+        """What a target looks its encoding up by: "int8", "int8-token", "int8-static", "int4" or "int2"."""
+        named = f"-{self.activations}" if self.activations in ("token", "static") else ""
+        return f"int{self.bits}{named}"
 
     @property
     def largest_code(self) -> int:
@@ -85,7 +88,8 @@ class QuantizedWeight:
     codes: int8 [out, in] (codes of fewer bits too, one a byte). scale: float32 [out, groups], not zero, and negative
     where a group's largest weight is positive and gets the one code more that the negative side has.
     zero: int8 [out, groups], None if all are 0. input_factor: float32 [in]: the layer multiplies its input by it before
-    it meets the codes; None if by 1.
+    it meets the codes; None if by 1. input_scale: the layer's input is rounded to -128…127 times it; only of schemes
+    with static activations.
     """
 
     codes: NDArray[np.int8]
@@ -93,6 +97,7 @@ class QuantizedWeight:
     scheme: Scheme
     zero: NDArray[np.int8] | None = None
     input_factor: Array | None = None
+    input_scale: float | None = None
 
     def dequantize(self) -> Array:
         """The float32 weight [out, in] that stands for codes and input factor."""
@@ -117,7 +122,8 @@ class Statistics:
     by their weight.
 
     hessian: mean of x xᵀ [in, in]. shift: mean of (x̃ - x) xᵀ [in, in], where x̃ is what the layer is given when nothing
-    before it is quantized. mean_abs: mean of |x| [in]. largest: the largest |x| [in]. tokens: how many were seen.
+    before it is quantized. mean_abs: mean of |x| [in]. largest: the largest |x| [in]. histogram: of |x| over all of
+    x, counts of the bins of `histogram.EDGES`. tokens: how many were seen.
     """
 
     tokens: int = 0
@@ -125,6 +131,7 @@ class Statistics:
     shift: Doubles | None = None
     mean_abs: Doubles | None = None
     largest: Doubles | None = None
+    histogram: Doubles | None = None
 
 
 NOTHING_SEEN = Statistics()
@@ -147,5 +154,5 @@ def parse_scheme(name: str) -> Scheme | None:
     found = _NAME.fullmatch(name)
     assert found, f"{name} is no scheme"
     group = int(found["group"]) if found["group"] else None
-    activations = "token" if found["token"] else "block" if group else "tensor"
+    activations = found["activations"] or ("block" if group else "tensor")
     return Scheme(int(found["bits"]), group, activations, "group" if found["asym"] else "fixed")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from defaker_opt.histogram import BINS, FIRST_BIN, FRACTION_SHIFT
 from defaker_opt.methods import Need, Statistics
 
 # Layers by their full names.
@@ -30,6 +31,7 @@ class Sums:
     shift: torch.Tensor | None = None
     absolute: torch.Tensor | None = None
     largest: torch.Tensor | None = None
+    histogram: torch.Tensor | None = None
 
     def add_(self, x: torch.Tensor, before: torch.Tensor | None, weights: torch.Tensor | None) -> None:
         """x, before [tokens, in], weights [tokens], None for 1 each; `before` is x when nothing was quantized."""
@@ -46,6 +48,8 @@ class Sums:
         if "largest" in self.needs:
             largest = x.abs().amax(dim=0).double()
             self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        if "histogram" in self.needs:
+            self.histogram = _sum(self.histogram, _magnitudes(x))
 
     def statistics(self) -> Statistics:
         """The means so far."""
@@ -54,12 +58,18 @@ class Sums:
             None if total is None else (total / self.weight).numpy()
             for total in (self.hessian, self.shift, self.absolute)
         )
-        largest = None if self.largest is None else self.largest.numpy()
-        return Statistics(self.tokens, hessian, shift, mean_abs, largest)
+        largest, histogram = (None if seen is None else seen.numpy() for seen in (self.largest, self.histogram))
+        return Statistics(self.tokens, hessian, shift, mean_abs, largest, histogram)
 
 
 def _sum(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
     return more.double() if total is None else total.add_(more)
+
+
+def _magnitudes(x: torch.Tensor) -> torch.Tensor:
+    """How many numbers of x fall into each bin; what is smaller or larger than all goes into the outermost."""
+    bits = x.float().abs().reshape(-1).view(torch.int32)
+    return torch.bincount(((bits >> FRACTION_SHIFT) - FIRST_BIN).clamp_(0, BINS - 1), minlength=BINS)
 
 
 @dataclass

@@ -12,7 +12,18 @@ from defaker_opt.catalog import find_module, module_names
 from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.errors import PassError, one_of
-from defaker_opt.methods import NOTHING_SEEN, Method, Need, Scheme, SchemeName, Statistics, parse_scheme
+from defaker_opt.histogram import Clip, input_scale
+from defaker_opt.methods import (
+    NOTHING_SEEN,
+    Array,
+    Method,
+    Need,
+    QuantizedWeight,
+    Scheme,
+    SchemeName,
+    Statistics,
+    parse_scheme,
+)
 from defaker_opt.observe.inputs import Balance
 from defaker_opt.observe.sweep import observe_layers
 from defaker_opt.passes import PassResult, Preview
@@ -31,13 +42,14 @@ def _wrong_method(name: str) -> str | None:
 @dataclass(frozen=True)
 class Rule:
     """`match` is a glob over full weight names, e.g. "language.*"; `method` says how codes are chosen, `options` are
-    its knobs.
+    its knobs. `clip` says how far static activations reach, "mse" unless given; other schemes have no use for it.
     """
 
     match: str
     scheme: SchemeName
     method: str = "round_to_nearest"
     options: dict[str, Any] = field(default_factory=dict)
+    clip: Clip | None = None
 
     CHECKS: ClassVar[Mapping[str, Callable[[str], str | None]]] = {"method": _wrong_method}
 
@@ -51,6 +63,28 @@ class Rule:
         )
         if problems:
             raise Invalid(f"method {self.method}: {'; '.join(problems)}")
+        if self.clip and not self.static:
+            raise Invalid(f"clip: {self.scheme} has no static activations; remove it, or choose the scheme int8-static")
+        if self.static and self.method == "awq":
+            raise Invalid("method awq scales what a layer is given, so its range is not what was seen; choose another")
+
+    @property
+    def static(self) -> bool:
+        """Whether layers get an input scale."""
+        scheme = parse_scheme(self.scheme)
+        return scheme is not None and scheme.activations == "static"
+
+    def needs(self) -> tuple[Need, ...]:
+        """What must have been seen of a layer."""
+        return (*self.chooser().NEEDS, *(("histogram",) if self.static else ()))
+
+    def codes(self, weight: Array, scheme: Scheme, seen: Statistics) -> QuantizedWeight:
+        """Codes for a weight [out, in], with the input's scale if the scheme has one."""
+        chosen = self.chooser().quantize(weight, scheme, seen)
+        if not self.static:
+            return chosen
+        assert seen.histogram is not None
+        return dataclasses.replace(chosen, input_scale=input_scale(seen.histogram, self.clip or "mse"))
 
     def chooser(self) -> Method:
         """The method with its knobs."""
@@ -102,6 +136,7 @@ class Quantize:
             {name: str(scheme) if scheme else "float" for name, scheme in schemes.items()},
             {**reasons, **_never_quantized(config)},
             self._looks(weights),
+            {name: needs for name, needs in self._needs(weights).items() if needs},
         )
 
     def apply(self, detector: Detector, progress: Progress, samples: Samples | None = None) -> PassResult:
@@ -115,7 +150,7 @@ class Quantize:
                 if scheme is not None and name not in detector.codes:
                     assert rule is not None
                     original = dataclasses.replace(detector, codes={}).read(name).numpy()
-                    detector.codes[name] = rule.chooser().quantize(original, scheme, seen)
+                    detector.codes[name] = rule.codes(original, scheme, seen)
                 done += 1
                 progress(f"quantize {name}", done / len(weights))
         quantized = {name: str(detector.codes[name].scheme) for name in weights if name in detector.codes}
@@ -134,12 +169,13 @@ class Quantize:
 
     def _needs(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Need, ...]]:
         rules = {name: self._rule(name) for name, shape in weights.items() if self._scheme(name, shape) is not None}
-        return {name: rule.chooser().NEEDS for name, rule in rules.items() if rule is not None}
+        return {name: rule.needs() for name, rule in rules.items() if rule is not None}
 
     def _looks(self, weights: Mapping[str, tuple[int, ...]]) -> str:
-        needing = [name for name, needs in self._needs(weights).items() if needs]
-        methods = sorted({rule.method for name in needing if (rule := self._rule(name))})
-        return f"{', '.join(methods)} for {len(needing)} layers" if needing else ""
+        needing = [rule for name, needs in self._needs(weights).items() if needs and (rule := self._rule(name))]
+        methods = sorted({rule.method for rule in needing if rule.chooser().NEEDS})
+        ranges = ["ranges of activations"] * any(rule.static for rule in needing)
+        return f"{', '.join([*methods, *ranges])} for {len(needing)} layers" if needing else ""
 
     def _rule(self, name: str) -> Rule | None:
         index = self._index(name)
