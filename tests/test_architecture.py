@@ -27,7 +27,7 @@ LAYERS = (
     {"words"},
     {"passes", "convert", "stage_build", "build_facts"},
     {"pipeline", "training"},
-    {"preview", "drift", "never_slower", "doctor"},
+    {"preview", "drift", "never_slower", "doctor", "locked"},
     {"report", "planning"},
     {"profiles"},
     {"cli"},

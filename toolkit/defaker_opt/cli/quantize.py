@@ -36,6 +36,10 @@ def quantize(
         bool,
         typer.Option("--never-slower", help="Time quantized stages here, and keep in float what is not faster."),
     ] = False,
+    locked: Annotated[
+        Path | None,
+        typer.Option(metavar="BUILD", help="Refuse unless recipe, source, pictures and tools are those of this build."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")] = False,
 ) -> None:
     """Make a compact build of a detector; a rerun goes on from the stages that are finished."""
@@ -50,11 +54,14 @@ def quantize(
     with progress_bar() as report:
         report("load torch", 0.0)
         from defaker_opt.detector import write_source
+        from defaker_opt.locked import check_locked
         from defaker_opt.pipeline import make_build, plan_job
 
         if not dry_run:
             write_source(source or loaded.source, lambda part, total: report("draw weights", part / total))
         job = plan_job(loaded, aim, source or loaded.source, report)
+        if locked:
+            check_locked(job, locked)
         place = output or Path("exported") / f"{job.detector.config.name}-{loaded.name}"
         build = None if dry_run else make_build(job, place, report, replace)
         if build is not None and never_slower:
