@@ -71,6 +71,11 @@ def draw_turned(rows: list[PairRow], net: int, extra: int, random: np.random.Gen
     """Keys of `net + extra` pictures that are right with both builds, and `extra` that are wrong with both."""
     right = [row.key for row in rows if not row.flipped and row.reference.predicted == row.label]
     wrong = [row.key for row in rows if not row.flipped and row.reference.predicted != row.label]
+    if net < 0 or net + extra > len(right) or extra > len(wrong):
+        raise SystemExit(
+            f"{net + extra} of {len(right)} right and {extra} of {len(wrong)} wrong verdicts cannot be turned; "
+            "give a larger --drop than the build has, or a larger suite"
+        )
     losses, gains = random.permutation(right)[: net + extra], random.permutation(wrong)[:extra]
     return frozenset(map(str, (*losses, *gains)))
 
@@ -94,7 +99,7 @@ def plant(comparison: Comparison, drop: float, extra: int, trials: int, limit: L
         turned = draw_turned(pairs, net, extra, np.random.default_rng((extra, trial)))
         decision, figure = decide_on(comparison, Planted(run, rows, turned), limit)
         decisions[decision] += 1
-        assert figure.check is not None
+        assert figure.check is not None and round(figure.drop * len(pairs)) == round(drop * len(pairs))
         if decision == "UNDECIDED" and figure.check.images:
             asked.append(figure.check.images)
     return {"drop": drop, "turned": net + 2 * extra, "decisions": dict(decisions), "images_asked": sorted(set(asked))}

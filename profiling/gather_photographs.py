@@ -24,7 +24,7 @@ def gather(row: dict[str, str], unpacked: Path, photos: Path) -> str:
     """Copy one photograph; what is wrong with it, or nothing."""
     source = unpacked / row["package"] / row["path"]
     if not source.is_file():
-        return f"{row['package']} {row['version']}: no {row['path']}"
+        return f"{source}: missing; unpack {row['package']} {row['version']} ({row['registry']}) into its folder there"
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     if digest != row["sha256_16"]:
         return f"{source}: sha256 must begin with {row['sha256_16']}, got {digest}; unpack version {row['version']}"
@@ -41,6 +41,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with LIST.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    if not arguments.unpacked.is_dir():
+        parser.error(f"{arguments.unpacked}: no such folder; give the one with one folder a package")
     problems = [problem for row in rows if (problem := gather(row, arguments.unpacked, arguments.photos))]
     print("\n".join([*problems, f"{len(rows) - len(problems)} of {len(rows)} photographs in {arguments.photos}"]))
     return 1 if problems else 0

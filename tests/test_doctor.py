@@ -6,6 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
+
 from defaker_opt.catalog import yaml_names
 from defaker_opt.doctor import diagnose, judge_target
 from defaker_opt.machine import Gpu, Machine, read_machine
@@ -74,6 +76,13 @@ def test_what_is_missing_comes_with_its_remedy() -> None:
     assert by_name["int8"].answer == "no"
     assert by_name["int8"].remedy == "pip install 'defaker-opt[host]'"
     assert by_name["cpu"].remedy == "pip install 'defaker-opt[cpu]'"
+
+
+def test_remedies_are_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    from defaker_opt.cli.doctor import _print
+
+    _print(diagnose(read_machine(), lambda module: module != "torch"))
+    assert "pip install 'defaker-opt[host]'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_machine_without_yaml_still_gets_an_answer() -> None:

@@ -146,11 +146,8 @@ def test_an_input_factor_is_multiplied_in_before_the_codes(
     assert np.linalg.norm(got - expected) <= (1e-5 if plain else 0.03) * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("encoding", ["qdq_uint8", "qdq_int8"])
 @pytest.mark.parametrize("step", [0.01, 0.4])
-def test_static_activations_are_rounded_and_cut(
-    encoding: str, step: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_static_activations_are_rounded_and_cut(step: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(2).standard_normal((24, 96)).astype(np.float32)
     detector = OneLayer(weight, parse_scheme("int8-static"))
     (key,) = detector.codes
@@ -158,7 +155,7 @@ def test_static_activations_are_rounded_and_cut(
     monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: {key: (24, 96)})
     monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: {key: (24, 96)})
     graph = one_layer_graph(24, 96)
-    codes_module.fill_weights_(graph, detector, {"float": "matmul", "int8-static": encoding})  # type: ignore[arg-type]
+    codes_module.fill_weights_(graph, detector, load_target("cpu").encodings)  # type: ignore[arg-type]
     path = write_graph(graph, tmp_path)[0]
     ((_, decoded),) = decoded_weights(path)
     np.testing.assert_array_equal(decoded, detector.codes[key].dequantize())
@@ -167,6 +164,29 @@ def test_static_activations_are_rounded_and_cut(
     got = open_stage(path, graph.spec, {})({"x": x}, ("y",))["y"]
     expected = rounded @ decoded.T.astype(np.float64) + np.arange(24)
     assert np.abs(x).max() > 127 * 0.4 and np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_layers_share_what_is_rounded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {"a": 0.1, "b": 0.1, "c": 0.2}
+    names = [f"vision_encoder.{name}.weight" for name in steps]
+    weight = np.random.default_rng(2).standard_normal((24, 96)).astype(np.float32)
+    detector = OneLayer(weight, parse_scheme("int8-static"))
+    (codes,) = detector.codes.values()
+    detector.codes = {name: replace(codes, input_scale=step) for name, step in zip(names, steps.values())}
+    monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: dict.fromkeys(names, (24, 96)))
+    monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: dict.fromkeys(names, (24, 96)))
+    graph = one_layer_graph(24, 96)
+    inner = graph.model.graph
+    old = inner.initializers.pop("vision_encoder.fc.weight")
+    node = next(iter(inner))
+    for name in names:
+        value = ir.Value(name=name, shape=old.shape, type=old.type, const_value=old.const_value)
+        inner.initializers.add(value)
+        inner.append(ir.node("Gemm", [node.inputs[0], value, node.inputs[2]], {"transB": 1}))
+    node.replace_input_with(1, inner.initializers[names[0]])
+    codes_module.fill_weights_(graph, detector, load_target("cpu").encodings)  # type: ignore[arg-type]
+    assert sum(each.op_type == "QuantizeLinear" for each in inner) == 2
+    assert sum(each.op_type == "MatMul" for each in inner) == 4
 
 
 def test_one_scale_a_token_survives_outliers_in_other_tokens() -> None:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from defaker_opt.errors import PassError
 from defaker_opt.histogram import CENTRES, CLIPS, EDGES, input_scale
-from defaker_opt.observe import Sums
+from defaker_opt.observe import Collector, Sums
 from tests.reference.clipping import entropy_clip_plain, squared_error_plain
 
 
@@ -65,13 +66,30 @@ def test_the_divergence_is_the_least_there_is(x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("zeros", [0.5, 0.99995])
+def test_zeros_do_not_hide_the_rest(clip: str, zeros: float) -> None:
+    x = np.abs(np.random.default_rng(3).normal(0, 1, 40_000))
+    with_zeros = np.concatenate([x, np.zeros(round(len(x) * zeros / (1 - zeros)))])
+    alone, among = (input_scale(counted(each), clip) for each in (x, with_zeros))  # type: ignore[arg-type]
+    assert among == alone
+    assert counted(np.zeros(9))[0] == 9 and input_scale(counted(np.zeros(9)), clip) > 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_with_its_layer(wrong: float) -> None:
+    collector = Collector({"language.a.weight": ("histogram",)})
+    with pytest.raises(PassError, match=r"language\.a\.weight: it is given numbers that are not finite on a calib"):
+        collector.add_({"language.a.weight": [torch.tensor([[1.0, wrong]])]}, {}, None)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
 def test_a_constant_is_reached(clip: str) -> None:
     assert 127 * input_scale(counted(np.full(50, -4.0)), clip) >= 4.0  # type: ignore[arg-type]
 
 
 @settings(max_examples=20)
-@given(st.floats(1e-6, 1e4), st.sampled_from(CLIPS))
-def test_a_scale_grows_with_what_it_is_of(factor: float, clip: str) -> None:
+@given(st.integers(-10, 10), st.sampled_from(CLIPS))
+def test_a_scale_grows_with_what_it_is_of(octaves: int, clip: str) -> None:
     x = activation()
-    once, scaled = (input_scale(counted(each), clip) for each in (x, factor * x))  # type: ignore[arg-type]
-    assert scaled == pytest.approx(factor * once, rel=0.1)
+    once, scaled = (input_scale(counted(each), clip) for each in (x, 2.0**octaves * x))  # type: ignore[arg-type]
+    assert scaled == pytest.approx(2.0**octaves * once, rel=1e-9)

@@ -43,3 +43,10 @@ def test_a_changed_recipe_is_refused_before_any_work(int8_build: Path, tmp_path:
     assert done.returncode == 2
     assert "recipe.passes: " in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "build").exists() and not (tmp_path / ".build.partial").exists()
+
+
+def test_times_and_locks_do_not_go_together(int8_build: Path, tmp_path: Path) -> None:
+    done = defaker_opt(
+        "quantize", "--recipe", "int8", "--output", tmp_path / "build", "--locked", int8_build, "--never-slower"
+    )
+    assert done.returncode == 2 and "--locked, --never-slower: times decide" in done.stderr

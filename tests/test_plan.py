@@ -9,9 +9,11 @@ import pytest
 
 from defaker_opt.detector import load_detector
 from defaker_opt.errors import DefakerError, PassError
+from defaker_opt.files import default_cache_folder
 from defaker_opt.planning.fit import plan_recipe
 from defaker_opt.planning.formulas import language_counts, mask_encoder_counts, vision_counts
 from defaker_opt.runtime import open_build
+from defaker_opt.samples import load_samples
 from tests.conftest import ROOT, defaker_opt, summary_of
 
 
@@ -91,6 +93,27 @@ def test_looking_at_pictures_is_a_step_of_its_own(tmp_path: Path) -> None:
     assert [step.name for step in small.steps] == ["look at pictures", "quantize and export", "run"]
     assert large.steps[0].seconds > 100 * small.steps[0].seconds
     assert plan_recipe("int4-data-free", None, None).forecast.steps[0].name == "quantize and export"
+
+
+def test_tiles_of_calibration_pictures_are_about_as_many_as_there_are(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from defaker_opt.planning.formulas import tile_count
+    from defaker_opt.planning.looking import picture_tiles
+
+    images = load_samples("embedded", default_cache_folder(), lambda what, part: None).images()
+    sizes = [image.size for image in images if isinstance(image, Image.Image)]
+    for source in ("reference", "defakerone-2b:random"):
+        config = load_detector(source).config
+        real = sum(tile_count(config, *size) for size in sizes) / len(sizes)
+        assert 0.6 * real < picture_tiles(config, 256) < 1.7 * real
+
+
+def test_a_recipe_that_names_no_pictures_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text((ROOT / "recipes" / "int8-static.yaml").read_text().replace("calibration: embedded\n", ""))
+    with pytest.raises(PassError, match=r"ranges of activations for .* must look at pictures, and none are named"):
+        plan_recipe(str(recipe), None, None)
 
 
 def test_what_no_recipe_makes_fit_is_said() -> None:

@@ -18,9 +18,10 @@ from defaker_opt.profiles.energy import (
     read_temperature,
     wait_for_steady_heat,
 )
-from defaker_opt.profiles.tegrastats import Tegrastats, tegrastats_watts
+from defaker_opt.profiles.tegrastats import Tegrastats, tegrastats_watts, tells_power
 from tests.machines import write_tree
 
+NO_COMMANDS = "/nonexistent"
 NOTHING = lambda command: None  # noqa: E731
 LINE = (
     "11-21-2026 14:00:01 RAM 3021/7620MB (lfb 4x4MB) CPU [12%@1510,8%@1510] GR3D_FREQ 61% tj@52.5C "
@@ -46,7 +47,7 @@ def write_ina(root: Path) -> Path:
 
 def test_rapl_adds_up_packages(tmp_path: Path) -> None:
     write_rapl(write_rapl(tmp_path, 0, 1_000_000), 1, 5_000_000)
-    meter = find_meter(tmp_path, NOTHING)
+    meter = find_meter(tmp_path, NOTHING, NO_COMMANDS)
     assert isinstance(meter, Rapl)
     assert "2 packages" in meter.name
     meter.start()
@@ -76,7 +77,7 @@ def test_a_counter_without_its_range_is_no_meter(tmp_path: Path) -> None:
 def test_a_jetson_tells_its_rails(tmp_path: Path) -> None:
     rails = ina3221_rails(write_ina(tmp_path))
     assert list(rails) == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]
-    meter = find_meter(tmp_path, NOTHING)
+    meter = find_meter(tmp_path, NOTHING, NO_COMMANDS)
     assert isinstance(meter, Sampled)
     assert meter.name == "INA3221, VDD_IN"
     assert meter.watts() == pytest.approx(7.5)
@@ -93,12 +94,32 @@ def write_tegrastats(folder: Path, line: str) -> str:
 def test_tegrastats_counts_where_rails_cannot_be_read(tmp_path: Path) -> None:
     meter = find_meter(tmp_path, NOTHING, write_tegrastats(tmp_path, LINE))
     assert isinstance(meter, Tegrastats)
-    begun = time.perf_counter()
     meter.start()
-    time.sleep(0.3)
-    joules = meter.stop()
-    assert joules == pytest.approx(7.542 * (time.perf_counter() - begun), rel=0.2)
+    while meter.watts == 0:
+        time.sleep(0.01)
+    assert meter.stop() > 0
     assert meter.process.poll() is not None
+
+
+def test_a_tegrastats_that_ends_early_has_measured_nothing(tmp_path: Path) -> None:
+    command = tmp_path / "tegrastats"
+    command.write_text(f"#!/bin/sh\necho '{LINE}'\n")
+    command.chmod(0o755)
+    meter = Tegrastats(str(command))
+    meter.start()
+    meter.process.wait()
+    assert meter.stop() == 0
+    assert not tells_power(str(tmp_path / "missing"))
+
+
+def test_joules_of_lines_are_their_mean_power_times_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 12.0, 13.0])
+    monkeypatch.setattr("defaker_opt.profiles.tegrastats.time.perf_counter", lambda: next(now))
+    meter = Tegrastats("unused")
+    meter.joules, meter.watts, meter.last = 0.0, 0.0, next(now)
+    for watts in (5.0, 9.0):
+        meter._count(watts)
+    assert meter.joules == 2 * 5.0 + 1 * 7.0
 
 
 @pytest.mark.parametrize("line", ["RAM 3021/7620MB", ""])
@@ -121,7 +142,7 @@ def test_what_the_driver_says(told: str | None, watts: float | None) -> None:
 
 
 def test_no_meter_is_never_zero(tmp_path: Path) -> None:
-    meter = find_meter(tmp_path, NOTHING)
+    meter = find_meter(tmp_path, NOTHING, NO_COMMANDS)
     assert isinstance(meter, str)
     energy = measure_energy(meter, lambda: None, 0.01, 0.01)
     assert not energy.measured

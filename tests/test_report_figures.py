@@ -13,15 +13,19 @@ from defaker_opt.drift.compare import PairRow
 from defaker_opt.drift.rows import LOGIT_EDGES, ImageRow, Problem, TruthCounts
 from defaker_opt.errors import SuiteError
 from defaker_opt.limits import LIMITABLE, Limit
+from defaker_opt.report.columns import column
 from defaker_opt.report.curves import curves
 from defaker_opt.report.evidence import Evidence, gather, merge
 from defaker_opt.report.figures import METRICS, Sample, count_flips, measure
 from defaker_opt.report.judge import judge, report_suite, sample_of
 from defaker_opt.report.slices import slice_up
-from defaker_opt.report.values import Figure
+from defaker_opt.report.values import Check, Figure
 from defaker_opt.report.words import NAMES
+from defaker_opt.statistics.auc import compare_auc
+from defaker_opt.statistics.decision import decide_interval
 from defaker_opt.statistics.paired_proportions import count_pairs
 from defaker_opt.statistics.sample_size import images_needed
+from defaker_opt.statistics.spread import spread_interval, spread_of
 from tests.drift_rows import Change, benchmark_of, comparison_of, flip, image_row, judged, paired, same, synthetic_rows
 
 LIMITS = {"verdict_accuracy": Limit(0.005), "mask_iou": Limit(0.005)}
@@ -342,3 +346,29 @@ def test_truth_counts_of_an_all_forged_picture_have_no_pixel_auc() -> None:
     row = image_row("00000-1", 1, 0.9, np.zeros((12, 16), np.float32), np.ones((12, 16), bool))
     assert isinstance(row.mask.truth, TruthCounts)
     assert np.isnan(gather(paired([row], same)).reference["mask_pixel_auc"][0])
+
+
+@pytest.mark.parametrize("metric", ["mask_iou", "verdict_auc"])
+def test_a_limit_is_held_against_the_interval_that_decides(metric: str, sample: Sample) -> None:
+    evidence = sample.evidence
+    if metric == "mask_iou":
+        figure = column(metric, evidence, sample.thresholds)
+        clusters = np.unique(sample.clusters.index[figure.used], return_inverse=True)[1]
+        shown = spread_interval(spread_of(figure.drop, figure.influence, clusters), 0.9)
+    else:
+        scores = evidence.reference["probability"], evidence.build["probability"]
+        compared = compare_auc(evidence.labels, *scores, sample.clusters.index, 0.9)
+        assert compared
+        shown = compared.interval
+
+    def checked(limit: float) -> Check:
+        (found,) = (each for each in measure(sample, {metric: Limit(limit)}).figures if each.metric == metric)
+        assert found.check
+        return found.check
+
+    high = checked(1.0).high
+    assert shown.high < high
+    between = (shown.high + high) / 2
+    assert decide_interval(shown, between) == "ACCEPT"
+    undecided = checked(between)
+    assert undecided.decision == "UNDECIDED" and undecided.images and undecided.images > len(evidence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from defaker_opt.statistics.spread import (
     FEWEST_CARRIERS,
     Spread,
     deciding_interval,
+    more_needed,
     spread_interval,
     spread_of,
     spread_p,
@@ -40,7 +42,7 @@ def test_delong_is_that_of_loops(decimals: int) -> None:
     assert found is not None
     assert found.reference == pytest.approx(auc_plain(labels, first))
     assert found.build == pytest.approx(roc_auc_score(labels, second))
-    assert found.standard_error == pytest.approx(np.sqrt(delong_variance_plain(labels, first, second)))
+    assert found.spread.standard_error == pytest.approx(np.sqrt(delong_variance_plain(labels, first, second)))
     assert found.drop == pytest.approx(found.reference - found.build)
 
 
@@ -62,13 +64,14 @@ def test_pictures_copied_as_clusters_change_nothing() -> None:
     once = compare_auc(labels, first, second, np.arange(120))
     thrice = compare_auc(*(np.repeat(part, 3) for part in (labels, first, second)), np.repeat(np.arange(120), 3))
     assert once and thrice
-    assert (thrice.drop, thrice.standard_error) == pytest.approx((once.drop, once.standard_error))
+    assert (thrice.drop, thrice.spread.standard_error) == pytest.approx((once.drop, once.spread.standard_error))
 
 
 def test_clusters_of_one_are_nearly_independent_pictures() -> None:
     labels, first, second = scored(6, 400)
     plain, clustered = compare_auc(labels, first, second), compare_auc(labels, first, second, np.arange(400))
-    assert plain and clustered and clustered.standard_error == pytest.approx(plain.standard_error, rel=0.01)
+    assert plain and clustered
+    assert clustered.spread.standard_error == pytest.approx(plain.spread.standard_error, rel=0.01)
 
 
 def test_auc_without_a_class_is_none() -> None:
@@ -82,7 +85,7 @@ def test_unchanged_ranks_leave_what_was_not_seen(constant: bool) -> None:
     labels = np.tile([0, 1], 50)
     first = np.full(100, 0.5) if constant else np.arange(100.0)
     found = compare_auc(labels, first, first * 2 + 1)
-    assert found and found.drop == 0 and found.standard_error == 0
+    assert found and found.drop == 0 and found.spread.standard_error == 0
     assert found.interval == Interval(-unseen_change(50, 0.95), unseen_change(50, 0.95))
     assert found.reference == (0.5 if constant else found.build)
 
@@ -194,10 +197,41 @@ def test_an_interval_that_decides_allows_for_one_more_like_the_farthest() -> Non
     assert deciding.high - shown.high < 2 * values.max() / 400
 
 
+def test_with_as_many_groups_as_are_needed_the_deciding_end_meets_the_limit() -> None:
+    spread = spread_of_mean(np.random.default_rng(5).exponential(0.1, 200) - 0.1)
+    limit = spread.estimate + spread.standard_error
+    times = more_needed(spread, limit, 0.95, 0.5)
+    assert times and 2.5 < times < 5
+    # With a power of a half the estimate itself must do.
+    more = replace(
+        spread,
+        standard_error=spread.standard_error / times**0.5,
+        skew=spread.skew / times**0.5,
+        highest=spread.highest / times,
+        lowest=spread.lowest / times,
+        clusters=10**9,
+    )
+    assert deciding_interval(more, 0.9).high == pytest.approx(limit)
+    assert (more_needed(spread, limit, 0.95, 0.8) or 0) > times
+    assert more_needed(spread, spread.estimate, 0.95, 0.8) is None
+
+
+def test_the_rarer_class_says_how_much_is_known_of_an_auc() -> None:
+    random = np.random.default_rng(6)
+    labels = np.array([1] * 300 + [0] * 5)
+    reference = labels + random.normal(0, 1, 305)
+    build = reference + random.normal(0, 0.5, 305)
+    alone = compare_auc(labels, reference, build, None, 0.9)
+    grouped = compare_auc(labels, reference, build, np.arange(305), 0.9)
+    for found in (alone, grouped):
+        assert found and found.spread.clusters == 5
+        assert found.deciding.low <= found.interval.low and found.deciding.high >= found.interval.high
+
+
 def test_p_is_where_an_end_meets_the_value() -> None:
     spread = spread_of_mean(np.random.default_rng(3).exponential(0.1, 60))
     for tail in (0.2, 0.05, 0.01):
-        bounds = deciding_interval(spread, 1 - 2 * tail)
+        bounds = spread_interval(spread, 1 - 2 * tail)
         assert spread_p(spread, bounds.low) == pytest.approx(tail)
         assert spread_p(spread, bounds.high) == pytest.approx(1 - tail)
     assert spread_p(spread, -9.0) < 1e-9 and spread_p(spread, 9.0) > 1 - 1e-9

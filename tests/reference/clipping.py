@@ -14,6 +14,7 @@ def squared_error_plain(x: np.ndarray, step: float) -> float:
 
 def entropy_clip_plain(counts: np.ndarray, edges: np.ndarray) -> float:
     """The clip of least divergence over 2,048 equal bins and 128 levels, bin by bin."""
+    counts = [0.0, *counts[1:]]
     top = edges[max(i for i, count in enumerate(counts) if count) + 1]
     bins = [0.0] * 2048
     for low, high, count in zip([0.0, *edges[1:-1]], edges[1:], counts):

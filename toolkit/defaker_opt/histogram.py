@@ -41,6 +41,9 @@ _OCTAVES_TRIED = 8
 def input_scale(counts: Doubles, clip: Clip) -> float:
     """The step of symmetric 8-bit codes for an activation. counts: of the bins of EDGES; not all 0."""
     assert counts.sum() > 0, "no number was counted"
+    if counts[1:].any():
+        # Zeros are kept by every clip; counted, they would hide all else from rules about shares.
+        counts = np.concatenate([[0.0], counts[1:]])
     choose = {"largest": _largest, "percentile": _percentile, "mse": _least_squares, "entropy": _least_divergence}
     return float(choose[clip](counts)) / _LARGEST_CODE
 

@@ -18,7 +18,7 @@ def check_locked(job: Job, folder: Path) -> None:
     """Raise BuildError, with every difference, unless the job is the one that the build at `folder` was made by.
 
     Recipe, target, the hashes of source and calibration pictures, and the versions of all tools must be equal: then the
-    codes are.
+    codes are, on one machine and with as many threads.
     """
     then = open_build(folder).manifest.data
     now = json.loads(json.dumps(job.plan))

@@ -37,7 +37,7 @@ from defaker_opt.runtime.build import (
 from defaker_opt.runtime.self_test import expected_outputs
 from defaker_opt.runtime.session import open_session
 from defaker_opt.sample import sample_image
-from defaker_opt.samples import Samples, load_samples
+from defaker_opt.samples import Samples, load_samples, require_named
 from defaker_opt.spool import SpooledCodes
 from defaker_opt.stage_build import build_stage
 from defaker_opt.target import Target, require_backend
@@ -115,13 +115,9 @@ def plan_job(recipe: Recipe, target: Target, source: str, progress: Progress = _
 
 def _samples(recipe: Recipe, looks: list[str], progress: Progress) -> Samples | None:
     """The pictures that passes look at; None where none does. Raises DefakerError."""
-    if not looks:
+    require_named(recipe.name, recipe.calibration, looks)
+    if not looks or recipe.calibration is None:
         return None
-    if recipe.calibration is None:
-        raise PassError(
-            f"recipe {recipe.name}: {'; '.join(looks)} must look at pictures, and none are named; "
-            "add calibration: embedded, or the path of a CSV table of your own"
-        )
     return load_samples(recipe.calibration, default_cache_folder(), progress)
 
 

@@ -17,7 +17,7 @@ from defaker_opt.benchmarks.load import load_suite_file
 from defaker_opt.benchmarks.members import read_bytes
 from defaker_opt.benchmarks.read import read_image
 from defaker_opt.catalog import yaml_names
-from defaker_opt.errors import SuiteError
+from defaker_opt.errors import PassError, SuiteError
 from defaker_opt.forgery.sets import load_set, load_spec
 from defaker_opt.forgery.sketch import load_sketches
 
@@ -68,6 +68,15 @@ def load_samples(name: str, cache_folder: Path, progress: Progress) -> Samples:
     samples = Samples(name, _digest(items), items)
     _refuse_test_pictures(samples)
     return samples
+
+
+def require_named(recipe: str, calibration: str | None, looks: list[str]) -> None:
+    """Raise PassError if passes look at pictures, for the reasons given, and the recipe names none."""
+    if looks and calibration is None:
+        raise PassError(
+            f"recipe {recipe}: {'; '.join(looks)} must look at pictures, and none are named; "
+            "add calibration: embedded, or the path of a CSV table of your own"
+        )
 
 
 def expected_samples(name: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ ENCODINGS = {
     "float": ("matmul",),
     "int8": ("matmul_integer",),
     "int8-token": ("matmul_integer_token",),
-    "int8-static": ("qdq_uint8", "qdq_int8"),
+    "int8-static": ("qdq_uint8",),
     "int4": ("matmul_nbits",),
     "int2": ("matmul_nbits",),
 }

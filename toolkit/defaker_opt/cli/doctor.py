@@ -70,6 +70,7 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
 
 
 def _table(title: str, findings: tuple[Finding, ...]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0))
@@ -78,7 +79,7 @@ def _table(title: str, findings: tuple[Finding, ...]) -> Table:
         about = "; ".join(filter(None, (finding.reason, finding.remedy)))
         alike.setdefault((finding.answer, about), []).append(finding.name)
     for (answer, about), names in alike.items():
-        table.add_row(_MARKS[answer], "; ".join(names), f"[dim]{about}[/]")
+        table.add_row(_MARKS[answer], "; ".join(names), f"[dim]{escape(about)}[/]")
     if not findings:
         table.add_row("", "[dim]unknown: reading them needs PyYAML; pip install pyyaml[/]")
     return table

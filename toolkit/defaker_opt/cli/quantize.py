@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from defaker_opt.errors import DefakerError
+
 if TYPE_CHECKING:
     from defaker_opt.pipeline import Job
     from defaker_opt.progress import Progress
@@ -47,6 +49,8 @@ def quantize(
     from defaker_opt.recipe import load_recipe
     from defaker_opt.target import load_target
 
+    if locked and never_slower:
+        raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
     started = time.perf_counter()
     loaded = load_recipe(recipe)
     aim = load_target(target or loaded.target)

@@ -4,9 +4,8 @@ matmul                 float32 product; stored transposed, [in, out]
 matmul_integer         activations to uint8 with one scale a call, integer product, back to float;
                        stored as codes [in, out] int8 and scale [out]
 matmul_integer_token   the same with one scale a token, which outliers in other tokens cannot spoil
-qdq_uint8, qdq_int8    activations through QuantizeLinear and DequantizeLinear with one scale for good, as the uint8
-                       that CPUs multiply fastest or the int8 that TensorRT wants, and a float product with what
-                       DequantizeLinear makes of codes [in, out] int8 and scale [out]; runtimes make it an integer one
+qdq_uint8              activations through QuantizeLinear and DequantizeLinear with one scale for good, and a float
+                       product with what DequantizeLinear makes of codes [in, out] int8 and scale [out]
 matmul_nbits           onnxruntime's blocked product of few bits; codes packed [out, groups, group * bits / 8],
                        scale [out * groups], zero points packed [out * ceil(groups * bits / 8)]
 An input factor [in] of a layer's codes becomes a Mul before it.
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,7 @@ _SMALLEST_SCALE = 1e-30
 # Codes of an activation: the uint8 tensor, its scale, its zero point.
 _Quantized = tuple[ir.Value, ir.Value, ir.Value]
 _MakeCodes = Callable[[ir.Graph, "_Layer"], tuple[list[ir.Node], _Quantized]]
-# By how they are made, a function or a step for good, and what of.
-_QuantizedInputs = dict[tuple[_MakeCodes | float, ir.Value], _Quantized]
+_QuantizedInputs = dict[tuple[_MakeCodes, ir.Value], _Quantized]
 _Codes = Callable[[], QuantizedWeight]
 
 
@@ -176,10 +175,16 @@ def _quantized_input(
 def _integer_product(
     graph: ir.Graph, layer: _Layer, codes: _Codes, activation: ir.Value, zero: ir.Value
 ) -> tuple[ir.Node, ir.Value]:
+    weight, scale = _codes_and_scale(graph, layer, codes)
+    return ir.node("MatMulInteger", [activation, weight, zero], name=layer.name), scale
+
+
+def _codes_and_scale(graph: ir.Graph, layer: _Layer, codes: _Codes) -> tuple[ir.Value, ir.Value]:
+    """Codes [in, out] int8 and scale [out] as tensors of the graph."""
     rows, columns = codes().codes.shape
     weight = _add_tensor_(graph, f"{layer.name}.codes", (columns, rows), ir.DataType.INT8, lambda: codes().codes.T)
     scale = _add_tensor_(graph, f"{layer.name}.scale", (rows,), ir.DataType.FLOAT, lambda: codes().scale[:, 0])
-    return ir.node("MatMulInteger", [activation, weight, zero], name=layer.name), scale
+    return weight, scale
 
 
 def _codes_by_tensor(graph: ir.Graph, layer: _Layer) -> tuple[list[ir.Node], _Quantized]:
@@ -211,27 +216,28 @@ def _constant_(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     return graph.initializers[name]
 
 
-def _qdq_(zero: Any, graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
-    rows, columns = codes().codes.shape
+def _qdq_uint8_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
     step = codes().input_scale
     assert step is not None, f"{layer.name}: static activations without a scale"
-    nodes, key = list[ir.Node](), (step, layer.x)
-    if key not in quantized:
-        nodes, quantized[key] = _static_codes(graph, layer, zero, step)
-    activation, input_scale, zero_point = quantized[key]
-    given = ir.node("DequantizeLinear", [activation, input_scale, zero_point], name=f"{layer.name}.dequantize")
-    weight = _add_tensor_(graph, f"{layer.name}.codes", (columns, rows), ir.DataType.INT8, lambda: codes().codes.T)
-    scale = _add_tensor_(graph, f"{layer.name}.scale", (rows,), ir.DataType.FLOAT, lambda: codes().scale[:, 0])
+    nodes, (activation, input_scale, zero) = _quantized_input(graph, layer, _StaticCodes(step), quantized)
+    given = ir.node("DequantizeLinear", [activation, input_scale, zero], name=f"{layer.name}.dequantize")
+    weight, scale = _codes_and_scale(graph, layer, codes)
     decoded = ir.node("DequantizeLinear", [weight, scale], {"axis": 1}, name=f"{layer.name}.dequantize_weight")
     product = ir.node("MatMul", [given.outputs[0], decoded.outputs[0]], name=layer.name)
     _replace_(graph, layer, [*nodes, given, decoded, product], product.outputs[0])
 
 
-def _static_codes(graph: ir.Graph, layer: _Layer, zero: Any, step: float) -> tuple[list[ir.Node], _Quantized]:
-    scale = _constant_(graph, f"{layer.name}.input_scale", np.float32(step))
-    zero_point = _constant_(graph, f"static_zero_{zero.dtype}", zero)
-    node = ir.node("QuantizeLinear", [layer.x, scale, zero_point], name=f"{layer.name}.quantize")
-    return [node], (node.outputs[0], scale, zero_point)
+@dataclass(frozen=True)
+class _StaticCodes:
+    """Makes codes with one step for good; equal where the step is, so that layers share them."""
+
+    step: float
+
+    def __call__(self, graph: ir.Graph, layer: _Layer) -> tuple[list[ir.Node], _Quantized]:
+        scale = _constant_(graph, f"{layer.name}.input_scale", np.float32(self.step))
+        zero = _constant_(graph, "token_zero", np.uint8(_TOKEN_ZERO))
+        node = ir.node("QuantizeLinear", [layer.x, scale, zero], name=f"{layer.name}.quantize")
+        return [node], (node.outputs[0], scale, zero)
 
 
 def _scale_input_(graph: ir.Graph, layer: _Layer, codes: _Codes) -> None:
@@ -289,7 +295,6 @@ def _packed_zero(codes: _Codes) -> NDArray[np.uint8]:
 WRITERS: dict[str, Callable[[ir.Graph, _Layer, _Codes, _QuantizedInputs], None]] = {
     "matmul_integer": _matmul_integer_,
     "matmul_integer_token": _matmul_integer_token_,
-    "qdq_uint8": functools.partial(_qdq_, np.uint8(_TOKEN_ZERO)),
-    "qdq_int8": functools.partial(_qdq_, np.int8(0)),
+    "qdq_uint8": _qdq_uint8_,
     "matmul_nbits": _matmul_nbits_,
 }

@@ -123,7 +123,7 @@ class Statistics:
 
     hessian: mean of x xᵀ [in, in]. shift: mean of (x̃ - x) xᵀ [in, in], where x̃ is what the layer is given when nothing
     before it is quantized. mean_abs: mean of |x| [in]. largest: the largest |x| [in]. histogram: of |x| over all of
-    x, counts of the bins of `histogram.EDGES`. tokens: how many were seen.
+    x, every token counted alike, by the bins of `histogram.EDGES`. tokens: how many were seen.
     """
 
     tokens: int = 0
@@ -141,6 +141,8 @@ class Method(Protocol):
     """A way of choosing codes. One frozen class a file, named METHOD there; its fields are knobs with defaults."""
 
     NEEDS: ClassVar[tuple[Need, ...]]
+    # Whether its codes may come with an input factor.
+    SCALES_INPUTS: ClassVar[bool]
 
     def quantize(self, weight: Array, scheme: Scheme, seen: Statistics = NOTHING_SEEN) -> QuantizedWeight:
         """Quantize weight [out, in] in a scheme whose group size divides its columns; `seen` has all NEEDS."""

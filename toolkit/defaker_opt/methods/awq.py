@@ -22,6 +22,7 @@ class Awq:
     steps: int = 11
 
     NEEDS: ClassVar[tuple[Need, ...]] = ("hessian", "mean_abs")
+    SCALES_INPUTS: ClassVar[bool] = True
 
     def quantize(self, weight: Array, scheme: Scheme, seen: Statistics = NOTHING_SEEN) -> QuantizedWeight:
         """Quantize weight [out, in]; the exponent with the least squared error of the products wins, 0 among them."""

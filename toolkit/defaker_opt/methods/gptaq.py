@@ -25,6 +25,7 @@ class Gptaq:
     correction: float = 1.0
 
     NEEDS: ClassVar[tuple[Need, ...]] = ("hessian", "shift")
+    SCALES_INPUTS: ClassVar[bool] = False
 
     def quantize(self, weight: Array, scheme: Scheme, seen: Statistics = NOTHING_SEEN) -> QuantizedWeight:
         """Quantize weight [out, in]."""

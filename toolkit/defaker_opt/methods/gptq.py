@@ -19,6 +19,7 @@ class Gptq:
     order: Literal["activation", "natural"] = "natural"
 
     NEEDS: ClassVar[tuple[Need, ...]] = ("hessian",)
+    SCALES_INPUTS: ClassVar[bool] = False
 
     def quantize(self, weight: Array, scheme: Scheme, seen: Statistics = NOTHING_SEEN) -> QuantizedWeight:
         """Quantize weight [out, in]."""

@@ -27,6 +27,7 @@ class Hqq:
     steps: int = 20
 
     NEEDS: ClassVar[tuple[Need, ...]] = ()
+    SCALES_INPUTS: ClassVar[bool] = False
 
     def quantize(self, weight: Array, scheme: Scheme, seen: Statistics = NOTHING_SEEN) -> QuantizedWeight:
         """Quantize weight [out, in]."""

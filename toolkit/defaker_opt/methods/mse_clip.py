@@ -14,6 +14,7 @@ class MseClip:
     """Needs no pictures. Never a larger squared error of a group than rounding to nearest."""
 
     NEEDS: ClassVar[tuple[Need, ...]] = ()
+    SCALES_INPUTS: ClassVar[bool] = False
 
     def quantize(self, weight: Array, scheme: Scheme, seen: Statistics = NOTHING_SEEN) -> QuantizedWeight:
         """Quantize weight [out, in]."""

@@ -14,6 +14,7 @@ class RoundToNearest:
     """Scale each group so that its largest weight gets the largest code, then round half to even."""
 
     NEEDS: ClassVar[tuple[Need, ...]] = ()
+    SCALES_INPUTS: ClassVar[bool] = False
 
     def quantize(self, weight: Array, scheme: Scheme, seen: Statistics = NOTHING_SEEN) -> QuantizedWeight:
         """Quantize weight [out, in]; a group of zeros gets scale 1, so that it decodes to zeros."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from defaker_opt.errors import PassError
 from defaker_opt.histogram import BINS, FIRST_BIN, FRACTION_SHIFT
 from defaker_opt.methods import Need, Statistics
 
@@ -105,6 +106,11 @@ class Collector:
             earlier = before.get(name, [None] * len(tensors))
             for tensor, other in zip(tensors, earlier, strict=True):
                 x = tensor.reshape(-1, tensor.shape[-1])
+                if not torch.isfinite(x).all():
+                    raise PassError(
+                        f"{name}: it is given numbers that are not finite on a calibration picture; "
+                        "are all weights of the source finite?"
+                    )
                 fitting = weights if weights is not None and len(weights) == len(x) else None
                 sums.add_(x, None if other is None else other.reshape(x.shape), fitting)
 

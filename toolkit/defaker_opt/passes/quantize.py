@@ -65,8 +65,10 @@ class Rule:
             raise Invalid(f"method {self.method}: {'; '.join(problems)}")
         if self.clip and not self.static:
             raise Invalid(f"clip: {self.scheme} has no static activations; remove it, or choose the scheme int8-static")
-        if self.static and self.method == "awq":
-            raise Invalid("method awq scales what a layer is given, so its range is not what was seen; choose another")
+        if self.static and self.chooser().SCALES_INPUTS:
+            raise Invalid(
+                f"method {self.method} scales what a layer is given, so its range is not what was seen; choose another"
+            )
 
     @property
     def static(self) -> bool:

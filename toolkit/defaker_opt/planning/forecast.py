@@ -15,6 +15,7 @@ from defaker_opt.preview import quantized_bytes
 from defaker_opt.recipe import Recipe
 from defaker_opt.runtime.spec import VOCABULARY_HEAD
 from defaker_opt.sample import HEIGHT, WIDTH
+from defaker_opt.samples import require_named
 from defaker_opt.target import Target
 
 # Nodes and names of a graph: of each block, and of the rest; quantized blocks have more nodes. Bytes, read off builds.
@@ -91,6 +92,7 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
     open_mb = target.session.open_mb
     run_memory = running_bytes(detector, sizes.stages, counts, load, halves, open_mb)
     needs = {name: wanted for preview in previews for name, wanted in preview.needs.items()}
+    require_named(recipe.name, recipe.calibration, [preview.looks for preview in previews if preview.looks])
     looking = [looking_cost(detector, needs, recipe.calibration, here)] if needs and recipe.calibration else []
     steps = [Step("look at pictures", "this machine", cost.seconds, cost.memory_bytes) for cost in looking]
     making = making_bytes(detector, sizes.stages, open_mb)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.device import Device
 from defaker_opt.methods import Need
@@ -15,6 +17,8 @@ from defaker_opt.samples import expected_samples
 _FLOAT, _DOUBLE = 4, 8
 # A block runs to be observed and with its codes; with "shift" also as it was.
 _RUNS = 2
+# Width / height of usual pictures; upright ones are cut into as many tiles.
+_ASPECTS = (1.0, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
 # One call of a block, with its hooks, however small it is. Measured.
 _CALL_SECONDS = 2e-3
 # GPTQ in float64 by columns reaches this share of the rate of float32 products.
@@ -39,7 +43,7 @@ def looking_cost(
 ) -> LookingCost:
     """needs: of each layer that is looked at. Pictures of unknown size are taken for the largest."""
     config, (images, side) = detector.config, expected_samples(calibration)
-    load = picture_load(config, _tiles(detector, side), 0, shared_prefix=False)
+    load = picture_load(config, picture_tiles(config, side), 0, shared_prefix=False)
     shifted = any("shift" in wanted for wanted in needs.values())
     stages = _walked({name.partition(".")[0] for name in needs})
     counts = stage_counts(config, load)
@@ -71,9 +75,13 @@ def looking_cost(
     return LookingCost(seconds, MAKE_BASE_BYTES + kept + _DOUBLE * (4 + shifted) * squares)
 
 
-def _tiles(detector: Detector, side: int) -> int:
-    tiling = detector.config.tiling
-    return tile_count(detector.config, side, side) if side else tiling.max_tiles + (tiling.max_tiles > 1)
+def picture_tiles(config: DetectorConfig, side: int) -> int:
+    """Of a picture of that longest side in px, the mean over usual shapes, rounded up; the most if it is 0."""
+    tiling = config.tiling
+    if not side:
+        return tiling.max_tiles + (tiling.max_tiles > 1)
+    counts = [tile_count(config, side, round(side / aspect)) for aspect in _ASPECTS]
+    return math.ceil(sum(counts) / len(counts))
 
 
 def _walked(looked_at: set[str]) -> tuple[str, ...]:

@@ -187,10 +187,12 @@ def measure_energy(meter: Meter | str, judge: Callable[[], object], seconds: flo
     idle = meter.stop() / idle_seconds
     images, started = 0, time.perf_counter()
     meter.start()
-    while time.perf_counter() - started < seconds:
-        judge()
-        images += 1
-    joules, spent = meter.stop(), time.perf_counter() - started
+    try:
+        while time.perf_counter() - started < seconds:
+            judge()
+            images += 1
+    finally:
+        joules, spent = meter.stop(), time.perf_counter() - started
     if joules <= 0:
         return Energy(f"not measured: {meter.name} did not move", measured=False)
     return Energy(meter.name, True, joules / images, joules / spent, idle, images, read_temperature())

@@ -12,7 +12,10 @@ _FIRST_LINE_SECONDS = 3.0
 
 
 class Tegrastats:
-    """A meter: the command runs beside the pictures, and each line's power counts for the time since the last."""
+    """A meter: the command runs beside the pictures; from line to line the mean of both powers counts.
+
+    A command that ends too early has measured nothing.
+    """
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -39,16 +42,20 @@ class Tegrastats:
 
     def stop(self) -> float:
         """See `Meter`."""
+        ended_early = self.process.poll() is not None
         self.process.terminate()
         self.thread.join()
         _end(self.process)
         self._count(self.watts or None)
-        return self.joules
+        return 0.0 if ended_early else self.joules
 
 
 def tells_power(command: str) -> bool:
     """Whether its lines name a rail; some modules have none, and then it prints memory and clocks only."""
-    process = _run(command)
+    try:
+        process = _run(command)
+    except OSError:
+        return False
     killer = threading.Timer(_FIRST_LINE_SECONDS, process.kill)
     killer.start()
     try:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from defaker_opt.errors import DefakerError
 from defaker_opt.limits import LIMITABLE, Limit
@@ -22,7 +21,14 @@ from defaker_opt.statistics.decision import decide, decide_interval, is_implausi
 from defaker_opt.statistics.intervals import clopper_pearson_upper
 from defaker_opt.statistics.paired_proportions import PairedCounts, count_pairs, mcnemar_exact, tango_interval
 from defaker_opt.statistics.sample_size import images_needed
-from defaker_opt.statistics.spread import FEWEST_CARRIERS, Spread, deciding_interval, spread_interval, spread_of
+from defaker_opt.statistics.spread import (
+    FEWEST_CARRIERS,
+    Spread,
+    deciding_interval,
+    more_needed,
+    spread_interval,
+    spread_of,
+)
 
 # All metrics in the order of the tables; `mask_area` shows a bias and cannot be limited.
 METRICS = (*LIMITABLE, "mask_area")
@@ -137,8 +143,7 @@ def _auc_figure(sample: Sample, limit: Limit | None) -> Figure:
     if limit:
         bounds = compare_auc(evidence.labels, *scores, sample.clusters.index, two_sided(limit.confidence))
         assert bounds is not None
-        size = Size(compared.standard_error, len(evidence), compared.clusters)
-        check = _check_interval(compared.drop, bounds.deciding, compared.interval, limit, size)
+        check = _check_interval(compared.spread, bounds.deciding, compared.interval, limit, len(evidence))
     return Figure(
         metric="verdict_auc",
         better="higher",
@@ -165,8 +170,7 @@ def _spread_figure(metric: str, sample: Sample, limit: Limit | None) -> Figure:
     check = None
     if limit:
         bounds = deciding_interval(spread, two_sided(limit.confidence))
-        size = Size(spread.standard_error, n, spread.clusters)
-        check = _check_interval(figure.drop, bounds, interval, limit, size)
+        check = _check_interval(spread, bounds, interval, limit, n)
     return Figure(
         metric=metric,
         better=figure.better,
@@ -188,18 +192,9 @@ def _few_carriers(spread: Spread) -> str:
     return f"; rests on some {spread.carriers:.0f} clusters, so it may be too narrow"
 
 
-@dataclass(frozen=True)
-class Size:
-    """Standard error of a drop on n pictures in so many clusters."""
-
-    error: float
-    n: int
-    clusters: int
-
-
-def _check_interval(drop: float, bounds: Interval, interval: Interval, limit: Limit, size: Size) -> Check:
-    decision = decide_interval(bounds, limit.max_drop)
-    images = _images(drop, limit, size) if decision == "UNDECIDED" else None
+def _check_interval(spread: Spread, bounds: Interval, interval: Interval, limit: Limit, n: int) -> Check:
+    decision, drop = decide_interval(bounds, limit.max_drop), spread.estimate
+    images = _images(spread, limit, n) if decision == "UNDECIDED" else None
     return Check(
         max_drop=limit.max_drop,
         confidence=limit.confidence,
@@ -207,21 +202,20 @@ def _check_interval(drop: float, bounds: Interval, interval: Interval, limit: Li
         low=bounds.low,
         high=bounds.high,
         images=images,
-        more=None if images is None else max(1, images - size.n),
+        more=None if images is None else max(1, images - n),
         answer="" if images is None else "ACCEPT" if drop < limit.max_drop else "REJECT",
         implausible_gain=is_implausible_gain(interval, limit.max_drop),
     )
 
 
-def _images(drop: float, limit: Limit, size: Size) -> int | None:
-    """Images for an answer with the power, if the drop stays: error ∝ 1/√n; None if the drop is the limit."""
-    gap = abs(limit.max_drop - drop)
+def _images(spread: Spread, limit: Limit, n: int) -> int | None:
+    """Images for an answer with the power, if the drop stays; None if the drop is the limit."""
+    gap = abs(limit.max_drop - spread.estimate)
     if gap < 1e-9:
         return None
-    if size.error == 0:
+    if spread.standard_error == 0:
         # Nothing changed in any cluster: as many as make `unseen_change` smaller than the limit.
-        needed = math.log(1 - limit.confidence) / math.log(1 - gap) / size.clusters
+        times: float | None = math.log(1 - limit.confidence) / math.log(1 - gap) / spread.clusters
     else:
-        z_alpha, z_beta = stats.norm.ppf([limit.confidence, POWER])
-        needed = ((z_alpha + z_beta) * size.error / gap) ** 2
-    return math.ceil(needed * size.n)
+        times = more_needed(spread, limit.max_drop, limit.confidence, POWER)
+    return None if times is None else math.ceil(times * n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,16 +10,16 @@ from scipy import stats
 
 from defaker_opt.statistics import Floats, Interval, check_share
 from defaker_opt.statistics.intervals import unseen_change
-from defaker_opt.statistics.spread import deciding_interval, spread_of
+from defaker_opt.statistics.spread import Spread, deciding_interval, spread_of
 
 
 @dataclass(frozen=True)
 class AucComparison:
     """reference, build: areas, 0…1. drop: reference − build. interval: of the drop, to be shown.
 
-    deciding: to hold a limit against; it allows for one group more (`deciding_interval`), without which DeLong's
-    interval accepts too often where pictures are few (profiling/coverage.py).
-    standard_error: of the drop; 0 where no picture's rank changed. clusters: how many independent groups there are.
+    deciding: to hold a limit against, at least as wide; it allows for one group more (`deciding_interval`), without
+    which DeLong's interval accepts too often where pictures are few (profiling/coverage.py).
+    spread: of the drop, with the number of groups of the rarer class. clusters: how many groups there are.
     """
 
     reference: float
@@ -27,7 +27,7 @@ class AucComparison:
     drop: float
     interval: Interval
     deciding: Interval
-    standard_error: float
+    spread: Spread
     clusters: int
 
 
@@ -54,16 +54,21 @@ def compare_auc(
     if clusters is not None:
         _, index = np.unique(np.asarray(clusters), return_inverse=True)
         difference = np.bincount(index, difference)
+    else:
+        index = np.arange(len(labels))
     error = _standard_error(difference, labels if clusters is None else None)
-    independent_groups = len(difference) if clusters is not None else min(int(forged.sum()), int(authentic.sum()))
+    # Both classes are in each group of twins; otherwise the rarer one says how much is known of the error.
+    independent_groups = min(len(np.unique(index[of_class])) for of_class in (forged, authentic))
     if np.abs(difference).max() < 1e-12 or len(difference) < 2:
         half = unseen_change(independent_groups, confidence)
     else:
         half = error * float(stats.t.ppf((1 + confidence) / 2, max(independent_groups - 1, 1)))
     interval = Interval(max(-1.0, drop - half), min(1.0, drop + half))
-    spread = spread_of(drop, difference, np.arange(len(difference)))
+    whole = spread_of(drop, difference, np.arange(len(difference)))
+    spread = replace(whole, standard_error=error if whole.standard_error else 0.0, clusters=independent_groups)
     deciding = deciding_interval(spread, confidence) if spread.standard_error else interval
-    return AucComparison(float(areas[0]), float(areas[1]), drop, interval, deciding, error, len(difference))
+    deciding = Interval(min(deciding.low, interval.low), max(deciding.high, interval.high))
+    return AucComparison(float(areas[0]), float(areas[1]), drop, interval, deciding, spread, len(difference))
 
 
 def auc_influence(labels: NDArray[np.int64], scores: Floats) -> tuple[Floats, Floats]:
