@@ -144,7 +144,8 @@ def auc_rows(
 
 def delong(runs: int) -> Iterator[Row]:
     """Coverage of the interval of an AUC drop."""
-    for spread, pairs in ((0.0, 150), (0.7, 150), (0.7, 600)):
+    # authentic: of how many pairs the authentic twin is there too.
+    for spread, pairs, authentic in ((0.0, 150, 150), (0.7, 150, 150), (0.7, 600, 600), (0.7, 300, 40), (0.7, 300, 20)):
         noise = 0.4
         # Scores of the two classes differ by 2.2, with these variances: Φ(2.2 / √(2 · variance)).
         variances = (1 + spread**2, 1 + spread**2 + 2 * noise**2)
@@ -153,11 +154,13 @@ def delong(runs: int) -> Iterator[Row]:
         covered, accepted = 0, 0
         for run in range(runs):
             rows = auc_rows(np.random.default_rng((3, run)), pairs, spread, noise)
+            kept = (rows[0] == 1) | (np.arange(2 * pairs) < 2 * authentic)
+            rows = tuple(each[kept] for each in rows)
             shown, deciding = compare_auc(*rows), compare_auc(*rows, 0.9)
             assert shown is not None and deciding is not None
             covered += first - second in shown.interval
             accepted += deciding.deciding.high < first - second
-        setting = f"{pairs} twin pairs, shared spread {spread}"
+        setting = f"{pairs} forged, {authentic} with authentic twin, shared spread {spread}"
         yield Row("DeLong, clustered", setting, covered / runs, COVERAGE, runs)
         yield Row("DeLong, false ACCEPT", setting, accepted / runs, ERROR, runs)
 
