@@ -36,9 +36,9 @@ def test_every_range_is_a_number_of_the_graph(static_build: Path) -> None:
         graph = onnx.load(static_build / f"{stage}.onnx", load_external_data=False).graph
         kinds = [node.op_type for node in graph.node]
         assert "DynamicQuantizeLinear" not in kinds
-        # Layers that read the same activations share one QuantizeLinear.
+        # Layers that read the same activations share one QuantizeLinear, as queries, keys and values of the decoder do.
         layers = sum(name.startswith(f"{stage}.") for name in quantized)
-        assert 0 < kinds.count("QuantizeLinear") < layers
+        assert 0 < kinds.count("QuantizeLinear") <= layers - 2 * (stage == "language")
 
 
 def test_what_it_costs_to_make_was_foreseen(static_build: Path) -> None:
