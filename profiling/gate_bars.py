@@ -29,8 +29,7 @@ from rich.table import Table
 
 from defaker_opt.drift.compare import PairRow
 from defaker_opt.drift.rows import ImageRow, Problem
-from defaker_opt.drift.run import Run
-from defaker_opt.drift.validate import Comparison
+from defaker_opt.drift.validate import Comparison, PairedRun
 from defaker_opt.files import default_cache_folder
 from defaker_opt.limits import Limit
 from defaker_opt.report.judge import judge
@@ -42,10 +41,9 @@ METRIC = "verdict_accuracy"
 
 
 @dataclasses.dataclass(frozen=True)
-class Planted:
-    """The rows of a pair of builds, the candidate's verdicts turned round on `turned`; or the reference twice."""
+class Planted(PairedRun):
+    """Rows of a pair of builds, the candidate's verdicts turned round on `turned`; or the reference twice."""
 
-    run: Run
     rows: tuple[PairRow | Problem, ...]
     turned: frozenset[str]
 
@@ -89,15 +87,15 @@ def decide_on(comparison: Comparison, planted: Planted, limit: Limit) -> tuple[s
 
 def plant(comparison: Comparison, drop: float, extra: int, trials: int, limit: Limit) -> dict[str, Any]:
     """Decisions over the trials, and how many images the undecided ones ask for."""
-    run = comparison.runs[0].run
-    rows = tuple(comparison.runs[0])
+    paired = comparison.runs[0]
+    rows = tuple(paired)
     pairs = [row for row in rows if isinstance(row, PairRow)]
     now = sum(int(row.reference.predicted == row.label) - int(row.candidate.predicted == row.label) for row in pairs)
     net = round(drop * len(pairs)) - now
     decisions, asked = Counter[str](), []
     for trial in range(trials):
         turned = draw_turned(pairs, net, extra, np.random.default_rng((extra, trial)))
-        decision, figure = decide_on(comparison, Planted(run, rows, turned), limit)
+        decision, figure = decide_on(comparison, Planted(paired.reference, paired.candidate, rows, turned), limit)
         decisions[decision] += 1
         assert figure.check is not None and round(figure.drop * len(pairs)) == round(drop * len(pairs))
         if decision == "UNDECIDED" and figure.check.images:
@@ -111,7 +109,9 @@ def identical(comparison: Comparison, limit: Limit) -> dict[str, Any]:
         dataclasses.replace(row, candidate=row.reference, mask_agreement=1.0) if isinstance(row, PairRow) else row
         for row in comparison.runs[0]
     )
-    decision, figure = decide_on(comparison, Planted(comparison.runs[0].run, rows, frozenset()), limit)
+    paired = comparison.runs[0]
+    planted = Planted(paired.reference, paired.candidate, rows, frozenset())
+    decision, figure = decide_on(comparison, planted, limit)
     assert figure.check is not None
     return {"decision": decision, "low": figure.check.low, "high": figure.check.high}
 
