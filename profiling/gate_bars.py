@@ -27,17 +27,21 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
+from defaker_opt.cli.progress import progress_bar
 from defaker_opt.drift.compare import PairRow
 from defaker_opt.drift.rows import ImageRow, Problem
 from defaker_opt.drift.validate import Comparison, PairedRun
 from defaker_opt.files import default_cache_folder
 from defaker_opt.limits import Limit
+from defaker_opt.progress import part_of
 from defaker_opt.report.judge import judge
 from defaker_opt.report.validation import Hands, Request, validate_build
 from defaker_opt.report.values import Figure
 from defaker_opt.runtime import open_build
 
 METRIC = "verdict_accuracy"
+# Verdicts turned to wrong and as many to right, beside the drop.
+EXTRA = (0, 5, 20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +145,13 @@ def main() -> int:
     arguments = parser.parse_args()
     limit, started = Limit(arguments.max_drop, 0.95), time.time()
     request = Request((arguments.suite,), None, (), "calibration", 0, "", default_cache_folder())
-    quiet = validate_build(
-        open_build(arguments.build), arguments.reference, request, Hands("processes", 0, 0), {METRIC: limit}, _say
-    )
-    same = identical(quiet.comparison, limit)
-    planted = [plant(quiet.comparison, arguments.drop, extra, arguments.trials, limit) for extra in (0, 5, 20)]
+    candidate, hands, limits = open_build(arguments.build), Hands("processes", 0, 0), {METRIC: limit}
+    with progress_bar() as progress:
+        judged = validate_build(candidate, arguments.reference, request, hands, limits, part_of(progress, 0.0, 0.7))
+        same, planted = identical(judged.comparison, limit), []
+        for place, extra in enumerate(EXTRA):
+            progress(f"plant regressions, {extra} more turned each way", 0.7 + 0.1 * place)
+            planted.append(plant(judged.comparison, arguments.drop, extra, arguments.trials, limit))
     show(same, planted, f"{arguments.suite}, limit {arguments.max_drop:.1%}, {arguments.trials} draws each")
     facts = {"suite": arguments.suite, "max_drop": arguments.max_drop, "trials": arguments.trials}
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
@@ -157,10 +163,6 @@ def main() -> int:
         )
     )
     return int(same["decision"] != "ACCEPT" or any("ACCEPT" in row["decisions"] for row in planted))
-
-
-def _say(what: str, fraction: float) -> None:
-    pass
 
 
 if __name__ == "__main__":

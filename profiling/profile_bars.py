@@ -101,6 +101,7 @@ def main() -> None:
         "diff_blames": kept.attributed,
         "stages_cover": measured.covered,
         "operators_cover": {stage.stage: stage.covered for stage in operators},
+        "tracing_us": {stage.stage: 1e3 * stage.tracing_ms for stage in operators},
     }
     table = Table("promise", "measured", title=f"{arguments.build.name}, {measured.total.median:.0f} ms an image")
     for name, value in results.items():

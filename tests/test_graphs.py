@@ -67,6 +67,18 @@ class OneLayer:
         return torch.from_numpy(self.weight)
 
 
+def written(
+    detector: OneLayer, shape: tuple[int, int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Graph]:
+    """The layer in the CPU's encoding, as a file and as a graph."""
+    shapes = {"vision_encoder.fc.weight": shape}
+    monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: shapes)
+    monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: shapes)
+    graph = one_layer_graph(*shape)
+    codes_module.fill_weights_(graph, detector, load_target("cpu").encodings)  # type: ignore[arg-type]
+    return write_graph(graph, folder)[0], graph
+
+
 def outliers(tokens: int, columns: int) -> np.ndarray:
     """Activations like a decoder's: correlated, a few channels and one token far larger than the rest."""
     generator = np.random.default_rng(5)
@@ -102,12 +114,7 @@ def test_each_encoding_computes_what_its_plain_twin_does(
     weight = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
     weight[1] = 0
     detector = OneLayer(weight, scheme)
-    shapes = {"vision_encoder.fc.weight": shape}
-    monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: shapes)
-    monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: shapes)
-    graph = one_layer_graph(*shape)
-    codes_module.fill_weights_(graph, detector, load_target("cpu").encodings)  # type: ignore[arg-type]
-    path = write_graph(graph, tmp_path)[0]
+    path, graph = written(detector, shape, tmp_path, monkeypatch)
     x = outliers(19, shape[1])
     got = open_stage(path, graph.spec, {})({"x": x}, ("y",))["y"]
     quantized = detector.codes.get("vision_encoder.fc.weight")
@@ -131,11 +138,7 @@ def test_an_input_factor_is_multiplied_in_before_the_codes(
     (key,) = detector.codes
     factor = np.exp(np.linspace(-2, 2, 96)).astype(np.float32)
     detector.codes[key] = replace(RoundToNearest().quantize(weight / factor, scheme), input_factor=factor)
-    monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: {key: (24, 96)})
-    monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: {key: (24, 96)})
-    graph = one_layer_graph(24, 96)
-    codes_module.fill_weights_(graph, detector, load_target("cpu").encodings)  # type: ignore[arg-type]
-    path = write_graph(graph, tmp_path)[0]
+    path, graph = written(detector, (24, 96), tmp_path, monkeypatch)
     ((_, decoded),) = decoded_weights(path)
     np.testing.assert_array_equal(decoded, detector.codes[key].dequantize())
     x = outliers(19, 96)
@@ -152,11 +155,7 @@ def test_static_activations_are_rounded_and_cut(step: float, tmp_path: Path, mon
     detector = OneLayer(weight, parse_scheme("int8-static"))
     (key,) = detector.codes
     detector.codes[key] = replace(detector.codes[key], input_scale=step)
-    monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: {key: (24, 96)})
-    monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: {key: (24, 96)})
-    graph = one_layer_graph(24, 96)
-    codes_module.fill_weights_(graph, detector, load_target("cpu").encodings)  # type: ignore[arg-type]
-    path = write_graph(graph, tmp_path)[0]
+    path, graph = written(detector, (24, 96), tmp_path, monkeypatch)
     ((_, decoded),) = decoded_weights(path)
     np.testing.assert_array_equal(decoded, detector.codes[key].dequantize())
     x = outliers(19, 96)

@@ -7,7 +7,7 @@ known before, and a number's bin is the first bits of its float32.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ Doubles = NDArray[np.float64]
 
 # How the largest magnitude that is still represented, the clip, is chosen.
 Clip = Literal["largest", "percentile", "mse", "entropy"]
-CLIPS: tuple[str, ...] = get_args(Clip)
 
 # Magnitudes from 2^-30 to 2^20; activations of float16 models are within.
 _LOWEST, _HIGHEST, _PER_OCTAVE = -30, 20, 64

@@ -14,7 +14,7 @@ An input factor [in] of a layer's codes becomes a Mul before it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.graph import Graph
+from defaker_opt.graph.layers import Layer, layers_of, replace_layer_
 from defaker_opt.graph.packing import pack_codes
 from defaker_opt.methods import QuantizedWeight
 
@@ -39,7 +40,7 @@ _SMALLEST_SCALE = 1e-30
 
 # Codes of an activation: the uint8 tensor, its scale, its zero point.
 _Quantized = tuple[ir.Value, ir.Value, ir.Value]
-_MakeCodes = Callable[[ir.Graph, "_Layer"], tuple[list[ir.Node], _Quantized]]
+_MakeCodes = Callable[[ir.Graph, "Layer"], tuple[list[ir.Node], _Quantized]]
 _QuantizedInputs = dict[tuple[_MakeCodes, ir.Value], _Quantized]
 _Codes = Callable[[], QuantizedWeight]
 
@@ -49,7 +50,7 @@ def fill_weights_(graph: Graph, detector: Detector, encodings: dict[str, str]) -
     stage, inner = graph.spec.name, graph.model.graph
     quantized: _QuantizedInputs = {}
     for name in linear_weights(detector.config, stage):
-        for layer in list(_layers(inner, name)):
+        for layer in list(layers_of(inner, name)):
             if name not in detector.codes:
                 _float_(inner, layer, detector)
             else:
@@ -71,47 +72,6 @@ def _read_array(detector: Detector, name: str) -> NDArray[Any]:
     return array
 
 
-class _Layer:
-    """A linear layer in the graph: `weight` [out, in] multiplies `x`; `node` and `transpose` are to be replaced."""
-
-    def __init__(self, name: str, node: ir.Node, transpose: ir.Node | None) -> None:
-        self.name, self.node, self.transpose = name, node, transpose
-        x = node.inputs[0]
-        assert x is not None
-        self.x = x
-        # A Gemm carries its bias itself; after a MatMul the bias is an Add of its own, which stays.
-        self.bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-
-
-def _layers(graph: ir.Graph, name: str) -> Iterator[_Layer]:
-    weight = graph.initializers[name]
-    for node, _ in list(weight.uses()):
-        if node.op_type == "Gemm":
-            assert node.attributes["transB"].as_int() == 1, f"{name}: a Gemm that does not transpose its weight"
-            yield _Layer(name, node, None)
-            continue
-        assert node.op_type == "Transpose", f"{name}: read by a {node.op_type}, where a linear layer transposes it"
-        for product, _ in list(node.outputs[0].uses()):
-            assert product.op_type == "MatMul", f"{name}: its transpose is read by a {product.op_type}"
-            yield _Layer(name, product, node)
-
-
-def _replace_(graph: ir.Graph, layer: _Layer, nodes: list[ir.Node], result: ir.Value) -> None:
-    """Put nodes in a layer's place; whoever read the layer reads `result`."""
-    if layer.bias is not None:
-        nodes.append(ir.node("Add", [result, layer.bias], name=f"{layer.name}.bias_add"))
-        result = nodes[-1].outputs[0]
-    old = layer.node.outputs[0]
-    result.name, old.name = old.name, f"{old.name}.replaced"
-    graph.insert_before(layer.node, nodes)
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    graph.remove(layer.node, safe=True)
-    if layer.transpose is not None and not list(layer.transpose.outputs[0].uses()):
-        graph.remove(layer.transpose, safe=True)
-    if not list(graph.initializers[layer.name].uses()):
-        graph.initializers.pop(layer.name)
-
-
 def _add_tensor_(
     graph: ir.Graph, name: str, shape: tuple[int, ...], kind: ir.DataType, read: Callable[[], NDArray[Any]]
 ) -> ir.Value:
@@ -130,7 +90,7 @@ def _lazy(name: str, shape: tuple[int, ...], kind: ir.DataType, read: Callable[[
     )
 
 
-def _float_(graph: ir.Graph, layer: _Layer, detector: Detector) -> None:
+def _float_(graph: ir.Graph, layer: Layer, detector: Detector) -> None:
     rows, columns = linear_weights(detector.config, layer.name.partition(".")[0])[layer.name]
     weight = _add_tensor_(
         graph,
@@ -140,30 +100,30 @@ def _float_(graph: ir.Graph, layer: _Layer, detector: Detector) -> None:
         lambda: _read_array(detector, layer.name).T,
     )
     product = ir.node("MatMul", [layer.x, weight], name=layer.name)
-    _replace_(graph, layer, [product], product.outputs[0])
+    replace_layer_(graph, layer, [product], product.outputs[0])
 
 
-def _matmul_integer_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
+def _matmul_integer_(graph: ir.Graph, layer: Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
     nodes, (activation, activation_scale, zero) = _quantized_input(graph, layer, _codes_by_tensor, quantized)
     product, scale = _integer_product(graph, layer, codes, activation, zero)
     cast = ir.node("Cast", product.outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{layer.name}.cast")
     # In this order onnxruntime makes one operator of the four.
     both = ir.node("Mul", [activation_scale, scale], name=f"{layer.name}.scales")
     result = ir.node("Mul", [cast.outputs[0], both.outputs[0]], name=f"{layer.name}.rescale")
-    _replace_(graph, layer, [*nodes, product, cast, both, result], result.outputs[0])
+    replace_layer_(graph, layer, [*nodes, product, cast, both, result], result.outputs[0])
 
 
-def _matmul_integer_token_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
+def _matmul_integer_token_(graph: ir.Graph, layer: Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
     nodes, (activation, activation_scale, zero) = _quantized_input(graph, layer, _codes_by_token, quantized)
     product, scale = _integer_product(graph, layer, codes, activation, zero)
     cast = ir.node("Cast", product.outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{layer.name}.cast")
     by_row = ir.node("Mul", [cast.outputs[0], scale], name=f"{layer.name}.rescale_rows")
     result = ir.node("Mul", [by_row.outputs[0], activation_scale], name=f"{layer.name}.rescale")
-    _replace_(graph, layer, [*nodes, product, cast, by_row, result], result.outputs[0])
+    replace_layer_(graph, layer, [*nodes, product, cast, by_row, result], result.outputs[0])
 
 
 def _quantized_input(
-    graph: ir.Graph, layer: _Layer, make: _MakeCodes, quantized: _QuantizedInputs
+    graph: ir.Graph, layer: Layer, make: _MakeCodes, quantized: _QuantizedInputs
 ) -> tuple[list[ir.Node], _Quantized]:
     """Layers that read the same activations share their codes: nodes to add, none for the second of them."""
     if (make, layer.x) in quantized:
@@ -173,13 +133,13 @@ def _quantized_input(
 
 
 def _integer_product(
-    graph: ir.Graph, layer: _Layer, codes: _Codes, activation: ir.Value, zero: ir.Value
+    graph: ir.Graph, layer: Layer, codes: _Codes, activation: ir.Value, zero: ir.Value
 ) -> tuple[ir.Node, ir.Value]:
     weight, scale = _codes_and_scale(graph, layer, codes)
     return ir.node("MatMulInteger", [activation, weight, zero], name=layer.name), scale
 
 
-def _codes_and_scale(graph: ir.Graph, layer: _Layer, codes: _Codes) -> tuple[ir.Value, ir.Value]:
+def _codes_and_scale(graph: ir.Graph, layer: Layer, codes: _Codes) -> tuple[ir.Value, ir.Value]:
     """Codes [in, out] int8 and scale [out] as tensors of the graph."""
     rows, columns = codes().codes.shape
     weight = _add_tensor_(graph, f"{layer.name}.codes", (columns, rows), ir.DataType.INT8, lambda: codes().codes.T)
@@ -187,13 +147,13 @@ def _codes_and_scale(graph: ir.Graph, layer: _Layer, codes: _Codes) -> tuple[ir.
     return weight, scale
 
 
-def _codes_by_tensor(graph: ir.Graph, layer: _Layer) -> tuple[list[ir.Node], _Quantized]:
+def _codes_by_tensor(graph: ir.Graph, layer: Layer) -> tuple[list[ir.Node], _Quantized]:
     node = ir.node("DynamicQuantizeLinear", [layer.x], num_outputs=3, name=f"{layer.name}.quantize")
     activation, scale, zero = node.outputs
     return [node], (activation, scale, zero)
 
 
-def _codes_by_token(graph: ir.Graph, layer: _Layer) -> tuple[list[ir.Node], _Quantized]:
+def _codes_by_token(graph: ir.Graph, layer: Layer) -> tuple[list[ir.Node], _Quantized]:
     zero = _constant_(graph, "token_zero", np.uint8(_TOKEN_ZERO))
     absolute = ir.node("Abs", [layer.x], name=f"{layer.name}.abs")
     axis = _constant_(graph, "token_axis", np.array([-1]))
@@ -216,7 +176,7 @@ def _constant_(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     return graph.initializers[name]
 
 
-def _qdq_uint8_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
+def _qdq_uint8_(graph: ir.Graph, layer: Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
     step = codes().input_scale
     assert step is not None, f"{layer.name}: static activations without a scale"
     nodes, (activation, input_scale, zero) = _quantized_input(graph, layer, _StaticCodes(step), quantized)
@@ -224,7 +184,7 @@ def _qdq_uint8_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _Quant
     weight, scale = _codes_and_scale(graph, layer, codes)
     decoded = ir.node("DequantizeLinear", [weight, scale], {"axis": 1}, name=f"{layer.name}.dequantize_weight")
     product = ir.node("MatMul", [given.outputs[0], decoded.outputs[0]], name=layer.name)
-    _replace_(graph, layer, [*nodes, given, decoded, product], product.outputs[0])
+    replace_layer_(graph, layer, [*nodes, given, decoded, product], product.outputs[0])
 
 
 @dataclass(frozen=True)
@@ -233,14 +193,14 @@ class _StaticCodes:
 
     step: float
 
-    def __call__(self, graph: ir.Graph, layer: _Layer) -> tuple[list[ir.Node], _Quantized]:
+    def __call__(self, graph: ir.Graph, layer: Layer) -> tuple[list[ir.Node], _Quantized]:
         scale = _constant_(graph, f"{layer.name}.input_scale", np.float32(self.step))
         zero = _constant_(graph, "token_zero", np.uint8(_TOKEN_ZERO))
         node = ir.node("QuantizeLinear", [layer.x, scale, zero], name=f"{layer.name}.quantize")
         return [node], (node.outputs[0], scale, zero)
 
 
-def _scale_input_(graph: ir.Graph, layer: _Layer, codes: _Codes) -> None:
+def _scale_input_(graph: ir.Graph, layer: Layer, codes: _Codes) -> None:
     """Multiply what a layer reads by its codes' input factor, if they have one."""
     if codes().input_factor is None:
         return
@@ -253,7 +213,7 @@ def _scale_input_(graph: ir.Graph, layer: _Layer, codes: _Codes) -> None:
     layer.x = product.outputs[0]
 
 
-def _matmul_nbits_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
+def _matmul_nbits_(graph: ir.Graph, layer: Layer, codes: _Codes, quantized: _QuantizedInputs) -> None:
     rows, columns = codes().codes.shape
     scheme = codes().scheme
     assert scheme.group_size is not None
@@ -282,7 +242,7 @@ def _matmul_nbits_(graph: ir.Graph, layer: _Layer, codes: _Codes, quantized: _Qu
         "accuracy_level": _NBITS_INT8_COMPUTE,
     }
     product = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=layer.name)
-    _replace_(graph, layer, [product], product.outputs[0])
+    replace_layer_(graph, layer, [product], product.outputs[0])
 
 
 def _packed_zero(codes: _Codes) -> NDArray[np.uint8]:
@@ -292,7 +252,7 @@ def _packed_zero(codes: _Codes) -> NDArray[np.uint8]:
 
 
 # How codes of each encoding that a target may name are written. Weights that stay float have no codes.
-WRITERS: dict[str, Callable[[ir.Graph, _Layer, _Codes, _QuantizedInputs], None]] = {
+WRITERS: dict[str, Callable[[ir.Graph, Layer, _Codes, _QuantizedInputs], None]] = {
     "matmul_integer": _matmul_integer_,
     "matmul_integer_token": _matmul_integer_token_,
     "qdq_uint8": _qdq_uint8_,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.device import Device
-from defaker_opt.planning.formulas import Counts, picture_load, stage_counts
+from defaker_opt.planning.formulas import Counts, picture_load, stage_blocks, stage_counts
 from defaker_opt.planning.looking import looking_cost, torch_rate
 from defaker_opt.planning.memory import RUN_BASE_BYTES, making_bytes, running_bytes
 from defaker_opt.preview import quantized_bytes
@@ -130,7 +130,7 @@ def predict_sizes(detector: Detector, schemes: Mapping[str, str], recipe: Recipe
             for name, shape in shapes.items()
         )
         kind = "quantized" if any(schemes.get(name, "float") != "float" for name in linear) else "float"
-        stages[stage] = weights + _blocks(detector, stage) * _BLOCK_BYTES[kind] + _REST_BYTES.get(stage, 2_000)
+        stages[stage] = weights + stage_blocks(config, stage) * _BLOCK_BYTES[kind] + _REST_BYTES.get(stage, 2_000)
     width, prompt = config.language.hidden_size, config.prompt
     assert prompt is not None
     tokens = len(prompt.before) + len(prompt.verdict) + len(prompt.mask) - prompt.shared()
@@ -140,17 +140,11 @@ def predict_sizes(detector: Detector, schemes: Mapping[str, str], recipe: Recipe
     return Sizes(stages, sum(stages.values()) + prompts + picture + _MANIFEST_BYTES + names * entry)
 
 
-def _blocks(detector: Detector, stage: str) -> int:
-    config = detector.config
-    blocks = {"vision_encoder": config.vision.layers, "language": config.language.layers}
-    return {**blocks, "mask_encoder": sum(config.segmenter.blocks)}.get(stage, 0)
-
-
 def _make_seconds(detector: Detector, sizes: Sizes, counts: Mapping[str, Counts], here: Device) -> float:
     """Quantizing, exporting and checking, on the machine at hand."""
     shapes = {stage: parameter_shapes(detector.config, stage) for stage in sizes.stages}
     floats = {stage: _FLOAT * sum(map(math.prod, found.values())) for stage, found in shapes.items()}
-    blocks = sum(_blocks(detector, stage) for stage in sizes.stages)
+    blocks = sum(stage_blocks(detector.config, stage) for stage in sizes.stages)
     checks = _CHECK_RUNS * sum(stage.total for stage in counts.values()) / torch_rate(here)
     return _START_SECONDS + blocks * _BLOCK_SECONDS + sum(floats.values()) / _WEIGHT_RATE + checks
 

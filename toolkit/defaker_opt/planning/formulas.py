@@ -143,6 +143,12 @@ def mask_decoder_counts(config: DetectorConfig) -> Counts:
     )
 
 
+def stage_blocks(config: DetectorConfig, stage: str) -> int:
+    """Blocks of a stage that repeat; 0 where none do."""
+    blocks = {"vision_encoder": config.vision.layers, "language": config.language.layers}
+    return {**blocks, "mask_encoder": sum(config.segmenter.blocks)}.get(stage, 0)
+
+
 @dataclass(frozen=True)
 class Load:
     """What one picture asks for. tiles: with the thumbnail. prefix: tokens of prompt, picture and questions' start.

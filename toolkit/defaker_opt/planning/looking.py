@@ -10,7 +10,7 @@ from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.device import Device
 from defaker_opt.methods import Need
-from defaker_opt.planning.formulas import picture_load, stage_counts, tile_count
+from defaker_opt.planning.formulas import picture_load, stage_blocks, stage_counts, tile_count
 from defaker_opt.planning.memory import MAKE_BASE_BYTES
 from defaker_opt.samples import expected_samples
 
@@ -56,13 +56,10 @@ def looking_cost(
         for name, (rows, columns) in shapes.items()
         if "hessian" in needs.get(name, ())
     )
-    blocks = {
-        "vision_encoder": config.vision.layers,
-        "language": 2 * config.language.layers,
-        "mask_encoder": sum(config.segmenter.blocks),
-    }
+    # The language part is called for each question.
+    calls = sum(stage_blocks(config, name) * (load.readings if name == "language" else 1) for name in stages)
     seconds = runs * sum(operations.values()) / torch_rate(here) + factored / (_FACTOR_SHARE * torch_rate(here))
-    seconds += runs * sum(blocks.get(name, 0) for name in stages) * _CALL_SECONDS
+    seconds += runs * calls * _CALL_SECONDS
     states = {
         "vision_encoder": load.tiles
         * (config.tiling.tile_size // config.vision.patch_size) ** 2

@@ -194,7 +194,8 @@ def _few_carriers(spread: Spread) -> str:
 
 def _check_interval(spread: Spread, bounds: Interval, interval: Interval, limit: Limit, n: int) -> Check:
     decision, drop = decide_interval(bounds, limit.max_drop), spread.estimate
-    images = _images(spread, limit, n) if decision == "UNDECIDED" else None
+    times = more_needed(spread, limit.max_drop, limit.confidence, POWER) if decision == "UNDECIDED" else None
+    images = None if times is None else math.ceil(times * n)
     return Check(
         max_drop=limit.max_drop,
         confidence=limit.confidence,
@@ -206,16 +207,3 @@ def _check_interval(spread: Spread, bounds: Interval, interval: Interval, limit:
         answer="" if images is None else "ACCEPT" if drop < limit.max_drop else "REJECT",
         implausible_gain=is_implausible_gain(interval, limit.max_drop),
     )
-
-
-def _images(spread: Spread, limit: Limit, n: int) -> int | None:
-    """Images for an answer with the power, if the drop stays; None if the drop is the limit."""
-    gap = abs(limit.max_drop - spread.estimate)
-    if gap < 1e-9:
-        return None
-    if spread.standard_error == 0:
-        # Nothing changed in any cluster: as many as make `unseen_change` smaller than the limit.
-        times: float | None = math.log(1 - limit.confidence) / math.log(1 - gap) / spread.clusters
-    else:
-        times = more_needed(spread, limit.max_drop, limit.confidence, POWER)
-    return None if times is None else math.ceil(times * n)

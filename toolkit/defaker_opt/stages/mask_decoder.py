@@ -67,14 +67,14 @@ class MaskDecoder(nn.Module):
             image_positional_embeddings=self.image_position,
             attention_similarity=None,
         )
-        iou = self.iou_head(tokens[:, 0, 1])[0, _FIRST_MASK:]  # [3]
-        best = iou.argmax(keepdim=True)
+        iou = self.iou_head(tokens[:, 0, 1])[:, _FIRST_MASK:]  # [1, 3]
+        best = iou.argmax(dim=1)  # [1]; TensorRT chooses only along the second axis or a later one
         weights = torch.cat(
             [net(tokens[:, 0, 2 + _FIRST_MASK + i]) for i, net in enumerate(self.hypernetworks)]
         )  # [3, C/8]
         upscaled = self._upscale(image.transpose(2, 3).reshape(image_embed.shape), high_res_0, high_res_1)
         masks = weights[best] @ upscaled.flatten(2)[0]
-        return masks.reshape(1, *upscaled.shape[2:]), iou[best]
+        return masks.reshape(1, *upscaled.shape[2:]), iou[:, best][0]
 
     def candidates(
         self, image_embed: torch.Tensor, high_res_0: torch.Tensor, high_res_1: torch.Tensor, seg_embedding: torch.Tensor

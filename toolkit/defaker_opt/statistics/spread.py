@@ -80,12 +80,14 @@ def deciding_interval(spread: Spread, confidence: float) -> Interval:
 
 def more_needed(spread: Spread, limit: float, confidence: float, power: float) -> float | None:
     """How many times the groups it would take for `deciding_interval` to be on one side of the limit with that power,
-    if figure and skew stay what they are: errors shrink as 1/√n, what one more group adds as 1/n. None if the figure is
-    the limit.
+    if figure and skew stay what they are: errors shrink as 1/√n, what one more group adds as 1/n. If nothing varied, as
+    many as make `unseen_change` smaller than the limit. None if the figure is the limit.
     """
     gap, side = abs(limit - spread.estimate), 1 if spread.estimate < limit else -1
-    if gap < 1e-9 or spread.standard_error == 0:
+    if gap < 1e-9:
         return None
+    if spread.standard_error == 0:
+        return float(np.log(1 - confidence) / np.log(1 - gap)) / spread.clusters
     sure, hoped = float(stats.norm.ppf(confidence)), float(stats.norm.ppf(power))
 
     def reached(times: float) -> bool:
