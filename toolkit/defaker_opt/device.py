@@ -17,7 +17,9 @@ FORMATS_OF = {
     "int8": ("int8",),
     "int8-token": ("int8",),
     "int8-static": ("int8",),
+    "fp8-static": ("fp8",),
     "int4": ("fp16", "bf16", "fp32"),
+    "int4-sym": ("fp16", "bf16", "fp32"),
 }
 
 

@@ -29,6 +29,7 @@ BINS = len(CENTRES)
 FRACTION_SHIFT = 23 - 6
 FIRST_BIN = (_LOWEST + 127) << 6
 
+# What `mse` and `entropy` are about: whole numbers of 8 bits.
 _LARGEST_CODE = 127
 _SHARE_KEPT = 0.9999
 # Of `entropy`: bins of the histogram that is compared, and the levels that they are reduced to.
@@ -37,14 +38,14 @@ _LINEAR_BINS, _LEVELS = 2048, 128
 _OCTAVES_TRIED = 8
 
 
-def input_scale(counts: Doubles, clip: Clip) -> float:
-    """The step of symmetric 8-bit codes for an activation. counts: of the bins of EDGES; not all 0."""
+def input_scale(counts: Doubles, clip: Clip, largest_code: int = _LARGEST_CODE) -> float:
+    """The step of symmetric codes for an activation. counts: of the bins of EDGES; not all 0."""
     assert counts.sum() > 0, "no number was counted"
     if counts[1:].any():
         # Zeros are kept by every clip; counted, they would hide all else from rules about shares.
         counts = np.concatenate([[0.0], counts[1:]])
     choose = {"largest": _largest, "percentile": _percentile, "mse": _least_squares, "entropy": _least_divergence}
-    return float(choose[clip](counts)) / _LARGEST_CODE
+    return float(choose[clip](counts)) / largest_code
 
 
 def _largest(counts: Doubles) -> float:

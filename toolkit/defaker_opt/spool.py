@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from defaker_opt.methods import QuantizedWeight, Scheme, parse_scheme
+from defaker_opt.methods import FP8, QuantizedWeight, Scheme, parse_scheme
 
 _CODES, _SCALE, _ZERO, _FACTOR = ".codes.npy", ".scale.npy", ".zero.npy", ".factor.npy"
 _INPUT = ".input.npy"
@@ -33,7 +33,9 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
 
     def __getitem__(self, name: str) -> QuantizedWeight:
         place = self._place(name, self.schemes[name])
-        codes: NDArray[np.int8] = np.load(f"{place}{_CODES}", mmap_mode="r", allow_pickle=False)
+        codes: NDArray[Any] = np.load(f"{place}{_CODES}", mmap_mode="r", allow_pickle=False)
+        if self.schemes[name].floating:
+            codes = codes.view(FP8)
         scale = np.load(f"{place}{_SCALE}", allow_pickle=False)
         zero, factor = (_load_if_there(Path(f"{place}{end}")) for end in (_ZERO, _FACTOR))
         given = _load_if_there(Path(f"{place}{_INPUT}"))
@@ -45,7 +47,9 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
         # The codes come last: where they are, a weight is complete.
         given = None if weight.input_scale is None else np.float64(weight.input_scale)
         beside = (weight.zero, _ZERO), (weight.input_factor, _FACTOR), (given, _INPUT)
-        for array, end in (*beside, (weight.scale, _SCALE), (weight.codes, _CODES)):
+        # Files of arrays know no FP8, but any byte.
+        codes = weight.codes.view(np.int8)
+        for array, end in (*beside, (weight.scale, _SCALE), (codes, _CODES)):
             if array is None:
                 Path(f"{place}{end}").unlink(missing_ok=True)
                 continue

@@ -15,12 +15,14 @@ from PIL import Image
 from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.errors import PassError
 from defaker_opt.files import read_json_object, write_json
+from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.export import export_stage
 from defaker_opt.graph.write import check_decoded, write_graph
 from defaker_opt.runtime.build import Build, file_sha256
 from defaker_opt.runtime.clock import Clock
 from defaker_opt.runtime.images import image_tiles, mask_image
+from defaker_opt.runtime.self_test import relative_difference
 from defaker_opt.runtime.session import Session, open_session
 from defaker_opt.runtime.spec import VOCABULARY_HEAD
 from defaker_opt.sample import sample_image
@@ -46,6 +48,8 @@ def build_stage(detector: Detector, target: Target, stage: str, build: Build, re
     fill_weights_(graph, detector, target.encodings)
     files = write_graph(graph, build.folder)
     check_decoded(files[0], detector, stage)
+    if target.graph:
+        check_accepted(files[0], target.graph, target.name)
     session = open_session(build)
     parity = measure_parity(detector, stage, session)
     scheme = stage_scheme(detector, stage)
@@ -101,13 +105,6 @@ def measure_parity(detector: Detector, stage: str, session: Session) -> dict[str
                 # NaN is kept whichever side of the comparison it stands on.
                 worst[tensor.name] = float(np.maximum(worst.get(tensor.name, 0.0), difference))
     return worst
-
-
-def relative_difference(array: NDArray[Any], reference: NDArray[Any]) -> float:
-    """‖array - reference‖ / ‖reference‖, in float64; 0 where both are empty or zero."""
-    difference = np.linalg.norm(array.astype(np.float64) - reference.astype(np.float64))
-    size = np.linalg.norm(reference.astype(np.float64))
-    return float(difference / size) if size else float(difference)
 
 
 def stage_inputs(stage: str, session: Session) -> Iterator[Tensors]:

@@ -17,13 +17,15 @@ ENCODINGS = {
     "float": ("matmul",),
     "int8": ("matmul_integer",),
     "int8-token": ("matmul_integer_token",),
-    "int8-static": ("qdq_uint8",),
+    "int8-static": ("qdq_uint8", "qdq_int8"),
+    "fp8-static": ("qdq_fp8",),
     "int4": ("matmul_nbits",),
+    "int4-sym": ("matmul_nbits", "dq_int4"),
     "int2": ("matmul_nbits",),
 }
 
 # Backends that targets may name for planning before this version can run them.
-PLANNED_BACKENDS = ("tensor_rt", "onnx_runtime_web")
+PLANNED_BACKENDS = ("onnx_runtime_web",)
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,19 @@ class SessionOptions:
 
 
 @dataclass(frozen=True)
+class GraphLimits:
+    """What a device's parser reads. opset: the newest; operators: by their ONNX names."""
+
+    opset: int
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Target:
     """`encodings` says, for each kind of code the target can run, how it is written; a kind it lacks it cannot run.
 
-    `device` has the facts of a kind of machine, for planning; none for "the machine this runs on". A target whose
+    `device` has the facts of a kind of machine, for planning; none for "the machine this runs on". `graph` has what its
+    parser accepts, if that is less than what is written here; every stage's file is checked against it. A target whose
     backend is only planned has no encodings, and no builds.
     """
 
@@ -62,11 +73,12 @@ class Target:
     encodings: dict[str, str]
     session: SessionOptions = SessionOptions()
     device: Device | None = None
+    graph: GraphLimits | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The form the manifest keeps: what decides a build's bytes. A corrected fact of a device changes no build."""
         data = dataclasses.asdict(self)
-        del data["device"]
+        del data["device"], data["graph"]
         return data
 
     @property

@@ -49,7 +49,9 @@ def _decoded(parts: dict[str, np.ndarray], columns: int | None) -> Array:
     """columns: of a blocked product, None for a whole one, whose codes are stored [in, out]."""
     codes, scale, factor = parts["codes"], parts["scale"], parts.get("factor")
     if columns is None:
-        return decode(codes.T, scale[:, None], None, factor)
+        # [out] of whole rows, or [groups, out] of blocks.
+        by_group = scale[:, None] if scale.ndim == 1 else scale.T.astype(np.float32)
+        return decode(codes.T, by_group, None, factor)
     rows, groups = codes.shape[:2]
     bits = 8 * codes.size // (rows * columns)
     whole = unpack_codes(codes.reshape(rows, -1), bits, columns)

@@ -6,8 +6,9 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +27,10 @@ SchemeName = Literal[
     "int4-asym-g64",
     "int4-asym-g32",
     "int2-asym-g32",
+    "int4-sym-g128",
+    "int4-sym-g64",
+    "int4-sym-g32",
+    "fp8-static",
 ]
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
 
@@ -35,39 +40,49 @@ Need = Literal["hessian", "shift", "mean_abs", "largest", "histogram"]
 # The smallest group a blocked kernel accepts.
 MIN_GROUP = 16
 
-_NAME = re.compile(r"int(?P<bits>\d)(-(?P<activations>token|static))?(?P<asym>-asym)?(-g(?P<group>\d+))?")
+_NAME = re.compile(
+    r"(?P<number>int|fp)(?P<bits>\d)(-(?P<activations>token|static))?(-(?P<sides>asym|sym))?(-g(?P<group>\d+))?"
+)
+
+# FP8 codes: 4 bits of exponent, 3 of fraction, no infinities, up to 448 (Micikevicius et al. 2022, "FP8 formats for
+# deep learning", section 3.1).
+FP8 = ml_dtypes.float8_e4m3fn
+_FP8_LARGEST = 448
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights become integers, and with what precision activations meet them.
+    """How weights become codes, and with what precision activations meet them.
 
     bits: of a code. group_size: how many columns of a row share one scale (None: the whole row).
     activations: "tensor" or "token": what shares one 8-bit scale, found anew at each call; "static": one for good,
     found by calibration. 4-bit products choose for themselves and say "block". zero_point: "fixed", zero is the code 0,
-    or "group", each group has its own.
+    or "group", each group has its own. symmetric: blocked codes are as many on both sides, and scales are positive
+    numbers that float16 has, as engines want them. floating: codes are numbers of FP8, not integers.
     """
 
     bits: int
     group_size: int | None = None
     activations: str = "tensor"
     zero_point: Literal["fixed", "group"] = "fixed"
+    symmetric: bool = False
+    floating: bool = False
 
     @property
     def kind(self) -> str:
-        """What a target looks its encoding up by: "int8", "int8-token", "int8-static", "int4" or "int2"."""
+        """What a target looks its encoding up by: a key of `target.ENCODINGS`."""
         named = f"-{self.activations}" if self.activations in ("token", "static") else ""
-        return f"int{self.bits}{named}"
+        return f"{'fp' if self.floating else 'int'}{self.bits}{named}{'-sym' if self.symmetric else ''}"
 
     @property
     def largest_code(self) -> int:
         """The greatest code."""
-        return int(2 ** (self.bits - 1) - 1)
+        return _FP8_LARGEST if self.floating else int(2 ** (self.bits - 1) - 1)
 
     @property
     def smallest_code(self) -> int:
-        """The least code. Blocked products take all 2^bits codes, 8-bit ones the symmetric ones."""
-        return -self.largest_code - (self.activations == "block")
+        """The least code. Blocked products take all 2^bits codes, others the symmetric ones."""
+        return -self.largest_code - (self.activations == "block" and not self.symmetric)
 
     def __str__(self) -> str:
         asymmetric = "-asym" if self.zero_point == "group" else ""
@@ -85,14 +100,14 @@ class Scheme:
 class QuantizedWeight:
     """Codes of one linear layer's weight. Group g of row r stands for `(codes - zero[r, g]) * scale[r, g]`.
 
-    codes: int8 [out, in] (codes of fewer bits too, one a byte). scale: float32 [out, groups], not zero, and negative
-    where a group's largest weight is positive and gets the one code more that the negative side has.
+    codes: int8 [out, in] (codes of fewer bits too, one a byte), or FP8. scale: float32 [out, groups], not zero, and
+    negative where a group's largest weight is positive and gets the one code more that the negative side has.
     zero: int8 [out, groups], None if all are 0. input_factor: float32 [in]: the layer multiplies its input by it before
-    it meets the codes; None if by 1. input_scale: the layer's input is rounded to -128…127 times it; only of schemes
-    with static activations.
+    it meets the codes; None if by 1. input_scale: the layer's input is rounded to -128…127 times it, or to FP8
+    times it; only of schemes with static activations.
     """
 
-    codes: NDArray[np.int8]
+    codes: NDArray[Any]
     scale: Array
     scheme: Scheme
     zero: NDArray[np.int8] | None = None
@@ -105,7 +120,7 @@ class QuantizedWeight:
 
 
 def decode(
-    codes: NDArray[np.int8], scale: Array, zero: NDArray[np.int8] | None = None, factor: Array | None = None
+    codes: NDArray[Any], scale: Array, zero: NDArray[np.int8] | None = None, factor: Array | None = None
 ) -> Array:
     """The float32 weight [out, in] of codes, see `QuantizedWeight`."""
     rows, columns = codes.shape
@@ -157,4 +172,5 @@ def parse_scheme(name: str) -> Scheme | None:
     assert found, f"{name} is no scheme"
     group = int(found["group"]) if found["group"] else None
     activations = found["activations"] or ("block" if group else "tensor")
-    return Scheme(int(found["bits"]), group, activations, "group" if found["asym"] else "fixed")
+    zero_point: Literal["fixed", "group"] = "group" if found["sides"] == "asym" else "fixed"
+    return Scheme(int(found["bits"]), group, activations, zero_point, found["sides"] == "sym", found["number"] == "fp")

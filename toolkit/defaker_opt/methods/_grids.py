@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defaker_opt.methods import Array, Doubles, QuantizedWeight, Scheme
+from defaker_opt.methods import FP8, Array, Doubles, QuantizedWeight, Scheme
 
 # Ranges that are tried, as shares of the whole one.
 _SHARES = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 
 _TINY = np.finfo(np.float32).tiny
+
+# Positive numbers that float16 has.
+_HALF_TINY, _HALF_LARGEST = 2.0**-24, 65504.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def grouped(weight: Array, scheme: Scheme) -> Array:
 def range_grid(values: Array, scheme: Scheme) -> Grid:
     """The grid on which no value [..., size] is cut off; zeros get scale 1, so that they decode to zeros."""
     if scheme.zero_point == "fixed":
-        scale = _usable(np.abs(values).max(axis=-1) / np.float32(scheme.largest_code))
+        scale = usable(np.abs(values).max(axis=-1) / np.float32(scheme.largest_code), scheme)
         return Grid(scale, np.zeros_like(scale))
     return _between(np.minimum(values.min(axis=-1), 0), np.maximum(values.max(axis=-1), 0), scheme)
 
@@ -67,25 +70,31 @@ def _candidates(values: Array, scheme: Scheme) -> list[Grid]:
     place = np.abs(values).argmax(axis=-1, keepdims=True)
     largest = np.take_along_axis(values, place, axis=-1)[..., 0]
     zero = np.zeros_like(largest)
-    symmetric = [Grid(_usable(np.abs(largest) * share / scheme.largest_code), zero) for share in _SHARES]
+    symmetric = [Grid(usable(np.abs(largest) * share / scheme.largest_code, scheme), zero) for share in _SHARES]
     if scheme.smallest_code == -scheme.largest_code:
         return symmetric
     # The negative side has one code more; a scale of the right sign gives it to the largest weight.
-    return symmetric + [Grid(_usable(largest * share / scheme.smallest_code), zero) for share in _SHARES]
+    return symmetric + [Grid(usable(largest * share / scheme.smallest_code, scheme), zero) for share in _SHARES]
 
 
 def _between(low: Array, high: Array, scheme: Scheme) -> Grid:
     steps = scheme.largest_code - scheme.smallest_code
     # Halves, because the whole range of large weights is no float32.
-    scale = _usable((high / steps - low / steps).astype(np.float32))
+    scale = usable((high / steps - low / steps).astype(np.float32), scheme)
     zero = np.clip(scheme.smallest_code - np.rint(low / scale), scheme.smallest_code, scheme.largest_code)
     return Grid(scale, zero.astype(np.float32))
 
 
-def _usable(scale: Array) -> Array:
-    """Below the smallest normal number a scale loses bits or becomes zero, and codes would overflow."""
+def usable(scale: Array, scheme: Scheme) -> Array:
+    """The nearest scale that codes can be multiplied by.
+
+    Below the smallest normal number a scale loses bits or becomes zero, and codes would overflow.
+    """
     kept: Array = np.where(np.abs(scale) < _TINY, np.float32(1), scale).astype(np.float32)
-    return kept
+    if not scheme.symmetric:
+        return kept
+    half: Array = np.clip(kept, _HALF_TINY, _HALF_LARGEST).astype(np.float16).astype(np.float32)
+    return half
 
 
 def _error(values: Array, grid: Grid, scheme: Scheme, importance: Doubles | None) -> Doubles:
@@ -97,10 +106,11 @@ def _error(values: Array, grid: Grid, scheme: Scheme, importance: Doubles | None
 
 
 def codes_on(values: Array, grid: Grid, scheme: Scheme) -> Array:
-    """The nearest codes of values [..., size], float32 whole numbers."""
-    codes = np.rint(values / grid.scale[..., None]) + grid.zero[..., None]
+    """The nearest codes of values [..., size], float32: whole numbers, or numbers of FP8."""
+    ratio = values / grid.scale[..., None]
+    codes = ratio if scheme.floating else np.rint(ratio) + grid.zero[..., None]
     kept: Array = np.clip(codes, scheme.smallest_code, scheme.largest_code)
-    return kept
+    return kept.astype(FP8).astype(np.float32) if scheme.floating else kept
 
 
 def decoded(codes: Array, grid: Grid) -> Array:
@@ -112,5 +122,5 @@ def decoded(codes: Array, grid: Grid) -> Array:
 def as_weight(codes: Array, grid: Grid, scheme: Scheme) -> QuantizedWeight:
     """Codes [out, groups, size] and their grids [out, groups] as one weight."""
     zero = None if scheme.zero_point == "fixed" else grid.zero.astype(np.int8)
-    whole = codes.reshape(len(codes), -1).astype(np.int8)
+    whole = codes.reshape(len(codes), -1).astype(FP8 if scheme.floating else np.int8)
     return QuantizedWeight(whole, np.ascontiguousarray(grid.scale, np.float32), scheme, zero)

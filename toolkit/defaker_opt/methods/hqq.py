@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from defaker_opt.methods import NOTHING_SEEN, Array, Need, QuantizedWeight, Scheme, Statistics
-from defaker_opt.methods._grids import Grid, as_weight, codes_on, decoded, grouped, range_grid
+from defaker_opt.methods._grids import Grid, as_weight, codes_on, decoded, grouped, range_grid, usable
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Hqq:
             better = distance < least
             least = np.where(better, distance, least)
             best = Grid(np.where(better, grid.scale, best.scale), np.where(better, grid.zero, best.zero))
-        whole = Grid((best.scale * steps[..., 0]).astype(np.float32), best.zero)
+        whole = Grid(usable(best.scale * steps[..., 0], scheme), best.zero)
         return as_weight(codes_on(values, best, scheme), whole, scheme)
 
     def _shrunken(self, residual: Array, beta: float) -> Array:

@@ -42,7 +42,8 @@ def _wrong_method(name: str) -> str | None:
 @dataclass(frozen=True)
 class Rule:
     """`match` is a glob over full weight names, e.g. "language.*"; `method` says how codes are chosen, `options` are
-    its knobs. `clip` says how far static activations reach, "mse" unless given; other schemes have no use for it.
+    its knobs. `clip` says how far static activations reach, "mse" unless given, of FP8 "largest"; other schemes have no
+    use for it.
     """
 
     match: str
@@ -65,6 +66,8 @@ class Rule:
             raise Invalid(f"method {self.method}: {'; '.join(problems)}")
         if self.clip and not self.static:
             raise Invalid(f"clip: {self.scheme} has no static activations; remove it, or choose the scheme int8-static")
+        if self.clip in ("mse", "entropy") and self.floating:
+            raise Invalid(f"clip: {self.clip} is about steps of one size, {self.scheme} has finer ones; give largest")
         if self.static and self.chooser().SCALES_INPUTS:
             raise Invalid(
                 f"method {self.method} scales what a layer is given, so its range is not what was seen; choose another"
@@ -76,6 +79,12 @@ class Rule:
         scheme = parse_scheme(self.scheme)
         return scheme is not None and scheme.activations == "static"
 
+    @property
+    def floating(self) -> bool:
+        """Whether codes are numbers of FP8."""
+        scheme = parse_scheme(self.scheme)
+        return scheme is not None and scheme.floating
+
     def needs(self) -> tuple[Need, ...]:
         """What must have been seen of a layer."""
         return (*self.chooser().NEEDS, *(("histogram",) if self.static else ()))
@@ -86,7 +95,8 @@ class Rule:
         if not self.static:
             return chosen
         assert seen.histogram is not None
-        return dataclasses.replace(chosen, input_scale=input_scale(seen.histogram, self.clip or "mse"))
+        clip = self.clip or ("largest" if scheme.floating else "mse")
+        return dataclasses.replace(chosen, input_scale=input_scale(seen.histogram, clip, scheme.largest_code))
 
     def chooser(self) -> Method:
         """The method with its knobs."""

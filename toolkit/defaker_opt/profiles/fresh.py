@@ -91,12 +91,13 @@ def main(build: str, image: str, gate: float, threads: int) -> dict[str, float]:
     started = time.perf_counter()
     from defaker_opt.runtime import open_build, open_session
     from defaker_opt.runtime.backends import find_backend
+    from defaker_opt.runtime.engines import backend_of
     from defaker_opt.runtime.images import load_image
 
     picture = load_image(image)
     imported = time.perf_counter()
     opened = open_build(build)
-    find_backend(opened.manifest.data["target"]["backend"])
+    find_backend(backend_of(opened))
     verified = time.perf_counter()
     base, memory = _status("VmRSS"), _SystemMemory()
     session = open_session(opened, threads)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from defaker_opt.profiles.measure import Call
 from defaker_opt.runtime import Session
 from defaker_opt.runtime.backends import Trace, find_backend
+from defaker_opt.runtime.engines import backend_of
 
 # What a graph's writer appends to the name of a weight, for the nodes that its encoding takes.
 _QUANTIZE_SUFFIXES = (
@@ -71,7 +72,7 @@ class StageOperators:
 
 def measure_operators(session: Session, calls: Sequence[Call], repeat: int) -> tuple[StageOperators, ...]:
     """Trace every stage on its recorded calls; none if the backend cannot tell."""
-    backend: Any = find_backend(session.build.manifest.data["target"]["backend"])
+    backend: Any = find_backend(backend_of(session.build))
     if not hasattr(backend, "trace_stage"):
         return ()
     results = []

@@ -51,3 +51,10 @@ def run_self_test(session: Session) -> SelfTest:
         mask_disagreement=float((outputs["mask"] != expected["mask"]).mean()),
         mask_tolerance=tolerance["mask_tolerance"],
     )
+
+
+def relative_difference(array: NDArray[Any], reference: NDArray[Any]) -> float:
+    """‖array - reference‖ / ‖reference‖, in float64; 0 where both are empty or zero."""
+    difference = np.linalg.norm(array.astype(np.float64) - reference.astype(np.float64))
+    size = np.linalg.norm(reference.astype(np.float64))
+    return float(difference / size) if size else float(difference)

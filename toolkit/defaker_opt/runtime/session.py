@@ -17,6 +17,7 @@ from defaker_opt.runtime.answers import decode_fixed, decode_free, text_of
 from defaker_opt.runtime.backends import OpenStage, Tensors, find_backend
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock, Span
+from defaker_opt.runtime.engines import backend_of
 from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
 from defaker_opt.runtime.prompts import Prefix, extend_, load_prompts, question_input
 from defaker_opt.runtime.spec import PHASES, VOCABULARY_HEAD, StageSpec
@@ -122,7 +123,7 @@ class Session:
         """The stage, opened once."""
         if stage not in self._open:
             self._make_room_for(stage)
-            backend = find_backend(self.build.manifest.data["target"]["backend"])
+            backend = find_backend(backend_of(self.build))
             file = self.build.folder / f"{stage}.onnx"
             self._open[stage] = backend.open_stage(file, self.spec(stage), self.options())
         return self._open[stage]
@@ -130,7 +131,8 @@ class Session:
     def options(self) -> dict[str, Any]:
         """What the backend is told of how to run stages."""
         target = self.build.manifest.data["target"]
-        return {**target["session"], **({"threads": self.threads} if self.threads else {})}
+        options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
+        return options if backend_of(self.build) == target["backend"] else {**options, "as_written": True}
 
     def _make_room_for(self, stage: str) -> None:
         """Where not all stages may be open at once, close those of other phases."""

@@ -37,7 +37,9 @@ _OPEN_ERRORS = (
 
 
 def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:
-    """Open an ONNX file. `options`: `threads` (0 = one for each core)."""
+    """Open an ONNX file. `options`: `threads` (0 = one for each core); `as_written`: codes are decoded where the graph
+    says so, and what comes out is multiplied, instead of products of codes.
+    """
     session = _open(file, _settings(options))
 
     def run(tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
@@ -100,6 +102,9 @@ def _settings(options: Mapping[str, Any]) -> onnxruntime.SessionOptions:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _LOG_ERRORS_ONLY
     settings.intra_op_num_threads = int(options.get("threads", 0))
+    if options.get("as_written"):
+        # Beyond basic optimizations codes are fused into products, and of FP8 a Relu before them is lost (1.31).
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return settings
 
 

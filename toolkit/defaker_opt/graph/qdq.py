@@ -1,0 +1,87 @@
+"""Codes between QuantizeLinear and DequantizeLinear: what a runtime fuses into products of codes.
+
+qdq_uint8   activations with one scale for good, around zero point 128; codes [in, out] int8 and scale [out]
+qdq_int8    the same numbers around zero point 0, as TensorRT wants them
+qdq_fp8     the same in FP8 (E4M3)
+dq_int4     weights only: codes [in, out] int4 and scale [groups, out] float16, and a float16 product; norms, sums and
+            softmax around it stay float32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from defaker_opt.graph.layers import Layer, replace_layer_
+from defaker_opt.graph.tensors import (
+    Codes,
+    Quantized,
+    QuantizedInputs,
+    add_tensor_,
+    codes_and_scale,
+    constant_,
+    quantized_input,
+)
+from defaker_opt.methods import FP8
+
+# Blocks of 4-bit codes need the DequantizeLinear of this opset.
+BLOCKS_OPSET = 21
+
+# By encoding, what stands for 0 in the codes of activations.
+_ZERO = MappingProxyType({"qdq_uint8": np.uint8(128), "qdq_int8": np.int8(0), "qdq_fp8": np.zeros((), FP8)})
+
+
+def static_writer(encoding: str) -> Callable[[ir.Graph, Layer, Codes, QuantizedInputs], None]:
+    """Writes layers whose activations have one scale for good."""
+
+    def write_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: QuantizedInputs) -> None:
+        step = codes().input_scale
+        assert step is not None, f"{layer.name}: static activations without a scale"
+        nodes, (activation, input_scale, zero) = quantized_input(graph, layer, _StaticCodes(encoding, step), quantized)
+        given = ir.node("DequantizeLinear", [activation, input_scale, zero], name=f"{layer.name}.dequantize")
+        weight, scale = codes_and_scale(graph, layer, codes)
+        decoded = ir.node("DequantizeLinear", [weight, scale], {"axis": 1}, name=f"{layer.name}.dequantize_weight")
+        product = ir.node("MatMul", [given.outputs[0], decoded.outputs[0]], name=layer.name)
+        replace_layer_(graph, layer, [*nodes, given, decoded, product], product.outputs[0])
+
+    return write_
+
+
+@dataclass(frozen=True)
+class _StaticCodes:
+    """Makes codes with one step for good; equal where the step is, so that layers share them."""
+
+    encoding: str
+    step: float
+
+    def __call__(self, graph: ir.Graph, layer: Layer) -> tuple[list[ir.Node], Quantized]:
+        scale = constant_(graph, f"{layer.name}.input_scale", np.float32(self.step))
+        zero = constant_(graph, "input_zero", _ZERO[self.encoding])
+        node = ir.node("QuantizeLinear", [layer.x, scale, zero], name=f"{layer.name}.quantize")
+        return [node], (node.outputs[0], scale, zero)
+
+
+def write_int4_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: QuantizedInputs) -> None:
+    """Writes layers with blocks of 4-bit codes, whose scales are numbers of float16."""
+    rows, columns = codes().codes.shape
+    size = codes().scheme.group_size
+    assert size is not None and codes().scheme.symmetric, f"{layer.name}: {codes().scheme} has no such blocks"
+    weight = _tensor(graph, f"{layer.name}.codes", (columns, rows), ml_dtypes.int4, lambda: codes().codes.T)
+    scale = _tensor(graph, f"{layer.name}.scale", (columns // size, rows), np.float16, lambda: codes().scale.T)
+    blocks = {"axis": 0, "block_size": size}
+    decoded = ir.node("DequantizeLinear", [weight, scale], blocks, name=f"{layer.name}.dequantize_weight")
+    given = ir.node("Cast", [layer.x], {"to": int(ir.DataType.FLOAT16)}, name=f"{layer.name}.narrow")
+    product = ir.node("MatMul", [given.outputs[0], decoded.outputs[0]], name=layer.name)
+    result = ir.node("Cast", [product.outputs[0]], {"to": int(ir.DataType.FLOAT)}, name=f"{layer.name}.widen")
+    replace_layer_(graph, layer, [decoded, given, product, result], result.outputs[0])
+
+
+def _tensor(graph: ir.Graph, name: str, shape: tuple[int, int], kind: Any, read: Callable[[], Any]) -> ir.Value:
+    dtype = ir.DataType.from_numpy(np.dtype(kind))
+    return add_tensor_(graph, name, shape, dtype, lambda: read().astype(kind))

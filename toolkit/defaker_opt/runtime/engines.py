@@ -1,0 +1,52 @@
+"""Engines: what `compile` makes of a build's graphs on the machine that runs them, in a folder beside the build.
+
+engines.json        what they are of, what they were made with and on, and why a stage is not as the build has it
+<stage>.engine      one plan a stage
+timing.cache        what the builder has timed, so that a second build is quick
+compile.log         what the builder said
+An engine runs only on the kind of GPU and with the version of TensorRT that made it, so the folder is no part of the
+build, which is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from defaker_opt.errors import BuildError
+from defaker_opt.runtime.build import Build
+
+RECORD = "engines.json"
+BACKEND = "tensor_rt"
+
+# Runs the graphs of builds that are not compiled, operator by operator as they are written.
+_UNCOMPILED = "onnx_runtime"
+
+
+def engines_folder(build: Path) -> Path:
+    """Where a build's engines lie."""
+    return build.with_name(f"{build.name}.engines")
+
+
+def read_record(folder: Path) -> Mapping[str, Any] | None:
+    """What a folder of engines says of itself; None without one. Raises BuildError if it is damaged."""
+    path = folder / RECORD
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BuildError(f"{path}: cannot be read ({error}); remove the folder and compile again") from error
+    if not isinstance(data, dict) or not {"build", "tensorrt", "gpu", "stages"} <= data.keys():
+        raise BuildError(f"{path}: damaged; remove the folder and compile again")
+    return data
+
+
+def backend_of(build: Build) -> str:
+    """What runs a build here: the backend it is made for, or ONNX Runtime if that wants engines and there are none."""
+    made_for = str(build.manifest.data["target"]["backend"])
+    if made_for != BACKEND or read_record(engines_folder(build.folder)) is not None:
+        return made_for
+    return _UNCOMPILED
