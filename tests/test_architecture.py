@@ -27,6 +27,7 @@ LAYERS = (
     {"words"},
     {"passes", "convert", "stage_build", "build_facts"},
     {"pipeline", "training"},
+    {"compiling"},
     {"preview", "drift", "never_slower", "doctor", "locked"},
     {"report", "planning"},
     {"profiles"},

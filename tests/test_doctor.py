@@ -36,10 +36,11 @@ def test_a_jetson_is_read_from_its_files(tmp_path: Path) -> None:
     assert "MAXN_SUPER" in machine.fingerprint
 
 
-def test_a_jetson_runs_arm_builds_and_waits_for_its_backend(tmp_path: Path) -> None:
+def test_a_jetson_runs_arm_builds_and_engines(tmp_path: Path) -> None:
+    assert answers(orin(tmp_path), "tensorrt")["orin-nano-super-8gb"] == "no"
     found = answers(orin(tmp_path))
     assert found["arm-cpu"] == "yes"
-    assert found["orin-nano-super-8gb"] == "planned"
+    assert found["orin-nano-super-8gb"] == "yes"
     assert found["orin-nx-16gb"] == "no"
     assert found["x86-vnni"] == "no"
     assert found["l4"] == "no"
@@ -55,7 +56,7 @@ def test_the_driver_is_asked_for_gpus(tmp_path: Path) -> None:
     )
     x86 = dataclasses.replace(machine, architecture="x86_64")
     found = answers(x86)
-    assert found["l4"] == found["a10"] == "planned"
+    assert found["l4"] == found["a10"] == "yes"
     assert found["h100"] == "no"
 
 

@@ -62,16 +62,20 @@ def test_full_sizes_count_as_published() -> None:
     assert language_counts(config, tokens).total == pytest.approx(full, rel=0.001)
 
 
-def test_a_2b_detector_fits_a_nano_in_int8_only() -> None:
+def test_a_2b_detector_fits_a_nano_in_int4_only() -> None:
     source, target = "defakerone-2b:random", "orin-nano-super-8gb"
-    fits = plan_recipe("int8", source, target)
+    fits = plan_recipe("jetson-int4", source, target)
     assert fits.forecast.fits
     assert fits.nearest == ""
     assert any("budget" in line for line in fits.forecast.warnings)
     whole = plan_recipe("float32", source, target)
     assert not whole.forecast.fits
     assert "of the 5.6 GB" in whole.forecast.why
-    assert whole.nearest.startswith("int8")
+    assert whole.nearest == "jetson-int4"
+    with pytest.raises(
+        PassError, match="cannot run on target orin-nano-super-8gb, which runs float, int8-static, int4"
+    ):
+        plan_recipe("int8", source, target)
 
 
 # Measured by profiling/full_size.py: profiling/results/full_size_2b.json.
@@ -126,7 +130,7 @@ def test_the_command_says_it_and_ends_with_one() -> None:
     )
     assert done.returncode == 1, done.stderr
     assert "does not fit: " in done.stdout
-    assert "nearest recipe that does: int" in done.stdout
+    assert "nearest recipe that does: jetson-int4" in done.stdout
     done = defaker_opt("plan", "--recipe", "int8", "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)

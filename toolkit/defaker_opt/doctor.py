@@ -59,6 +59,13 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+# By backend: what it runs with, and where that comes from.
+_PACKAGES = {
+    "onnx_runtime": ("onnxruntime", "pip install 'defaker-opt[cpu]'"),
+    "tensor_rt": ("tensorrt", "JetPack has it, elsewhere: pip install tensorrt; then defaker-opt compile BUILD"),
+}
+
+
 def diagnose(machine: Machine, installed: IsInstalled = is_installed) -> Diagnosis:
     """Judge every shipped target and recipe. Where YAML cannot be read they are left out, and `verbs` says why."""
     verbs = tuple(_verbs(installed))
@@ -86,8 +93,9 @@ def judge_target(target: Target, machine: Machine, installed: IsInstalled) -> Fi
     if not target.available:
         reason = f"this version has no backend {target.backend}"
         return Finding(target.name, "planned", reason, f"defaker-opt plan --target {target.name}")
-    if target.backend == "onnx_runtime" and not installed("onnxruntime"):
-        return Finding(target.name, "no", "not installed: onnxruntime", "pip install 'defaker-opt[cpu]'")
+    package, remedy = _PACKAGES[target.backend]
+    if not installed(package):
+        return Finding(target.name, "no", f"not installed: {package}", remedy)
     return Finding(target.name, "yes", _slow(machine))
 
 

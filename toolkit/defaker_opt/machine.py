@@ -118,6 +118,17 @@ def available_memory(root: Path = Path("/")) -> int:
     return _memory(root).get("MemAvailable", 0)
 
 
+def large_programs(root: Path = Path("/"), share: float = 0.1) -> list[tuple[int, str, int]]:
+    """Other processes that hold more than a share of the memory: number, name and bytes, the largest first."""
+    limit, found = share * _memory(root).get("MemTotal", 0), []
+    for folder in (root / "proc").glob("[0-9]*"):
+        status = dict(re.findall(r"^(\w+):\s+(.+)$", _text(folder / "status"), re.MULTILINE))
+        size = int(status.get("VmRSS", "0").split()[0]) * 1024
+        if size > limit and int(folder.name) != os.getpid():
+            found.append((int(folder.name), status.get("Name", "?"), size))
+    return sorted(found, key=lambda each: -each[2])
+
+
 def _processor(root: Path) -> str:
     found = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()

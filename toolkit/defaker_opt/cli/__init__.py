@@ -13,6 +13,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import typer
 
 from defaker_opt import __version__
+from defaker_opt.cli.compile import compile_
 from defaker_opt.cli.convert import convert
 from defaker_opt.cli.doctor import doctor
 from defaker_opt.cli.plan import plan
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(quantize)
 app.command()(run)
+app.command("compile")(compile_)
 app.command()(convert)
 app.command()(show)
 app.command()(train)

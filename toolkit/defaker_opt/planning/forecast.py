@@ -32,7 +32,7 @@ _CHECK_RUNS = 4.0
 _HALF_WIDTH = 150
 # Cutting, resizing and normalizing, a pixel of what the encoders see. Seconds, measured.
 _PIXEL_SECONDS = 50e-9
-# TensorRT builds an engine from 16-bit weights; parsing, timing kernels and writing take about this, a guess.
+# Parsing, timing kernels and writing an engine: bytes of its weights a second, a guess.
 _ENGINE_RATE = 10e6
 
 
@@ -88,9 +88,8 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
     sizes = predict_sizes(detector, schemes, recipe)
     load = picture_load(detector.config, tiles, target.session.tokens, recipe.savings.shared_prefix)
     counts = stage_counts(detector.config, load)
-    halves = 1.0 if target.available else 0.5  # engines hold what stays float in 16 bits
     open_mb = target.session.open_mb
-    run_memory = running_bytes(detector, sizes.stages, counts, load, halves, open_mb)
+    run_memory = running_bytes(detector, sizes.stages, counts, load, open_mb)
     needs = {name: wanted for preview in previews for name, wanted in preview.needs.items()}
     require_named(recipe.name, recipe.calibration, [preview.looks for preview in previews if preview.looks])
     looking = [looking_cost(detector, needs, recipe.calibration, here)] if needs and recipe.calibration else []
@@ -98,8 +97,8 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
     making = making_bytes(detector, sizes.stages, open_mb)
     steps.append(Step("quantize and export", "this machine", _make_seconds(detector, sizes, counts, here), making))
     if device.engine_build_memory:
-        largest = max(sizes.stages.values()) * halves
-        seconds = sum(sizes.stages.values()) * halves / _ENGINE_RATE
+        largest = max(sizes.stages.values())
+        seconds = sum(sizes.stages.values()) / _ENGINE_RATE
         memory = RUN_BASE_BYTES + device.engine_build_memory * largest
         steps.append(Step("engines", target.name, seconds, memory))
     latency = predict_latency(detector, schemes, counts, device, sizes, tiles)

@@ -23,17 +23,13 @@ def running_bytes(
     sizes: Mapping[str, float],
     counts: Mapping[str, Counts],
     load: Load,
-    halves: float,
     open_mb: int,
 ) -> float:
-    """Libraries, the weights of stages that are open at once, what their arenas keep, embeddings and key/values.
-
-    halves: what numbers take in comparison with float32.
-    """
+    """Libraries, the weights of stages that are open at once, what their arenas keep, embeddings and key/values."""
     embeddings = _FLOAT * load.prefix * detector.config.language.hidden_size
     # New key/values replace old ones layer by layer; a graph's own are beside those it is given.
-    keys = halves * _key_bytes(detector, load) * (1 + 1 / detector.config.language.layers)
-    open_ = {name: halves * size + halves * _arena(counts, name) for name, size in sizes.items()}
+    keys = _key_bytes(detector, load) * (1 + 1 / detector.config.language.layers)
+    open_ = {name: size + _arena(counts, name) for name, size in sizes.items()}
     return RUN_BASE_BYTES + _at_once(open_, sum(sizes.values()), open_mb) + keys + embeddings
 
 
