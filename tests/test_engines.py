@@ -23,7 +23,7 @@ from defaker_opt.compiling.child import build_engine
 from defaker_opt.compiling.compile import AS_BUILT, Hands, Settings, compile_build
 from defaker_opt.compiling.gate import CAPABILITIES, capabilities_of, check_graphs
 from defaker_opt.compiling.relax import product_kinds, relax_graph
-from defaker_opt.compiling.shapes import stage_ranges
+from defaker_opt.compiling.shapes import sizes_of, stage_ranges
 from defaker_opt.errors import BuildError, PassError
 from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.write import decoded_weights
@@ -304,7 +304,7 @@ def test_sizes_cover_every_call_of_every_picture(int8_engines: Path) -> None:
     for size in ((40, 40), (900, 300), (640, 480)):
         _, calls = _judged(session.build, size)
         for call in calls:
-            ranges = stage_ranges(session, call.stage)
+            ranges = stage_ranges(sizes_of(session), call.stage)
             sizes = {
                 name: have
                 for tensor in session.spec(call.stage).inputs

@@ -15,6 +15,7 @@ from torch import nn
 from defaker_opt.detector import Detector, linear_weights, load_detector, parameter_shapes
 from defaker_opt.graph import Graph
 from defaker_opt.graph import codes as codes_module
+from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.export import export_stage
 from defaker_opt.graph.write import check_decoded, decoded_weights, write_graph
 from defaker_opt.methods import Scheme, parse_scheme
@@ -23,7 +24,7 @@ from defaker_opt.runtime import open_build
 from defaker_opt.runtime.backends.onnx_runtime import open_stage
 from defaker_opt.runtime.spec import STAGES, StageSpec, TensorSpec
 from defaker_opt.target import ENCODINGS, load_target
-from tests.reference.quantization import tensor_product_plain, token_product_plain
+from tests.reference.quantization import e4m3_numbers, tensor_product_plain, token_product_plain
 
 
 def one_layer_graph(rows: int, columns: int) -> Graph:
@@ -68,14 +69,14 @@ class OneLayer:
 
 
 def written(
-    detector: OneLayer, shape: tuple[int, int], folder: Path, monkeypatch: pytest.MonkeyPatch
+    detector: OneLayer, shape: tuple[int, int], folder: Path, monkeypatch: pytest.MonkeyPatch, target: str = "cpu"
 ) -> tuple[Path, Graph]:
-    """The layer in the CPU's encoding, as a file and as a graph."""
+    """The layer in a target's encoding, as a file and as a graph."""
     shapes = {"vision_encoder.fc.weight": shape}
     monkeypatch.setattr(codes_module, "linear_weights", lambda config, stage: shapes)
     monkeypatch.setattr(codes_module, "parameter_shapes", lambda config, stage: shapes)
     graph = one_layer_graph(*shape)
-    codes_module.fill_weights_(graph, detector, load_target("cpu").encodings)  # type: ignore[arg-type]
+    codes_module.fill_weights_(graph, detector, load_target(target).encodings)  # type: ignore[arg-type]
     return write_graph(graph, folder)[0], graph
 
 
@@ -147,6 +148,35 @@ def test_an_input_factor_is_multiplied_in_before_the_codes(
     codes, scale = detector.codes[key].codes, detector.codes[key].scale[:, 0]
     expected = (plain(x * factor, codes, scale) if plain else x.astype(np.float64) @ decoded.T) + np.arange(24)
     assert np.linalg.norm(got - expected) <= (1e-5 if plain else 0.03) * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", ["int8-static", "fp8-static", "int4-sym-g32", "int4-sym-g64"])
+def test_what_engines_read_computes_what_its_plain_twin_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = parse_scheme(name)
+    assert scheme is not None
+    weight = np.random.default_rng(2).standard_normal((24, 192)).astype(np.float32)
+    weight[1] = 0
+    detector = OneLayer(weight, scheme)
+    (key,) = detector.codes
+    x = outliers(19, 192)
+    step = float(np.abs(x).max() / 2 / scheme.largest_code)  # half of the range, so that some are cut
+    if scheme.activations == "static":
+        detector.codes[key] = replace(detector.codes[key], input_scale=step)
+    path, graph = written(detector, (24, 192), tmp_path, monkeypatch, "h200")
+    check_accepted(path, load_target("h200").graph, "h200")  # type: ignore[arg-type]
+    ((_, decoded),) = decoded_weights(path)
+    np.testing.assert_array_equal(decoded, detector.codes[key].dequantize())
+    got = open_stage(path, graph.spec, {"as_written": True})({"x": x}, ("y",))["y"]
+    if name == "int8-static":
+        x = np.clip(np.rint(x / np.float32(step)), -128, 127) * np.float32(step)
+    if name == "fp8-static":
+        numbers = np.array(e4m3_numbers(), np.float32)
+        ratio = (x / np.float32(step))[..., None]
+        x = numbers[np.abs(numbers - ratio).argmin(-1)] * np.float32(step)
+    tolerance = 2e-3 if "int4" in name else 1e-5  # products of float16
+    np.testing.assert_allclose(got, x @ decoded.T + np.arange(24), rtol=tolerance, atol=8 * tolerance * np.abs(x).max())
 
 
 @pytest.mark.parametrize("step", [0.01, 0.4])

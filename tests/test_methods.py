@@ -13,13 +13,14 @@ from hypothesis.extra.numpy import arrays
 
 from defaker_opt.catalog import find_module, module_names
 from defaker_opt.graph.packing import pack_codes, unpack_codes
-from defaker_opt.methods import SCHEMES, Method, QuantizedWeight, Scheme, Statistics, parse_scheme
+from defaker_opt.methods import FP8, SCHEMES, Method, QuantizedWeight, Scheme, Statistics, parse_scheme
 from defaker_opt.spool import SpooledCodes
 from tests.reference.quantization import (
     optimal_rounding_plain,
     output_error_plain,
     pack_codes_plain,
     range_asymmetric_plain,
+    round_to_fp8_plain,
     round_to_nearest_plain,
 )
 
@@ -83,12 +84,14 @@ def test_codes_fit_their_scheme_and_decode_to_finite_numbers(name: str, scheme: 
     groups = 128 // scheme.group_size if scheme.group_size else 1
     assert quantized.scheme == scheme
     assert quantized.codes.shape == weight.shape
-    assert quantized.codes.dtype == np.int8
-    assert quantized.codes.min() >= scheme.smallest_code
-    assert quantized.codes.max() <= scheme.largest_code
+    assert quantized.codes.dtype == (FP8 if scheme.floating else np.int8)
+    assert quantized.codes.astype(np.float32).min() >= scheme.smallest_code
+    assert quantized.codes.astype(np.float32).max() <= scheme.largest_code
     assert quantized.scale.shape == (len(weight), groups)
     assert quantized.scale.dtype == np.float32
     assert (np.abs(quantized.scale) >= np.finfo(np.float32).tiny).all()
+    if scheme.symmetric:
+        assert (quantized.scale == quantized.scale.astype(np.float16)).all() and (quantized.scale > 0).all()
     assert (quantized.zero is None) == (scheme.zero_point == "fixed")
     if quantized.zero is not None:
         assert quantized.zero.dtype == np.int8
@@ -123,6 +126,9 @@ def test_rounding_moves_no_weight_further_than_half_a_step(scheme: Scheme, weigh
     step = np.repeat(quantized.scale, weight.shape[1] // quantized.scale.shape[1], axis=1)
     # A zero point is rounded too, so one end of the range may be cut off by half a step more.
     share = 0.5001 if scheme.zero_point == "fixed" else 1.0001
+    if scheme.floating:
+        # Steps of FP8 grow with numbers: an eighth of the power of two below, and 2^-9 at least.
+        step = step * np.maximum(2.0**-9, 2.0 ** (np.floor(np.log2(np.abs(weight / step) + 1e-30)) - 3))
     assert np.all(np.abs(quantized.dequantize() - weight) <= share * step + 1e-30)
 
 
@@ -150,8 +156,12 @@ def test_round_to_nearest_equals_its_plain_twin(scheme: Scheme, columns: int) ->
         plain = range_asymmetric_plain(weight, fitted.bits, fitted.group_size)
         np.testing.assert_array_equal(quantized.dequantize(), plain)
         return
-    codes, scale = round_to_nearest_plain(weight, fitted.bits, fitted.group_size)
-    np.testing.assert_array_equal(quantized.codes, codes)
+    codes, scale = (
+        round_to_fp8_plain(weight)
+        if fitted.floating
+        else round_to_nearest_plain(weight, fitted.bits, fitted.group_size, fitted.symmetric)
+    )
+    np.testing.assert_array_equal(quantized.codes.astype(np.float64), codes)
     np.testing.assert_array_equal(quantized.scale, scale)
 
 
@@ -242,7 +252,7 @@ def test_gptq_and_awq_lose_less_of_the_outputs_than_a_searched_scale(scheme: Sch
         return output_error(method(name, **knobs).quantize(weight, scheme, seen(x)), weight, x)
 
     # As many columns as a group leave nothing to make up with once the last ones are rounded.
-    share = 0.8 if columns == 1024 else 0.97
+    share = 0.8 if columns == 1024 else 0.98
     assert error("gptq") < share * error("mse_clip")
     assert error("gptq", order="activation") < share * error("mse_clip")
     assert error("awq") < share * error("mse_clip")

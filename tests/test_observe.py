@@ -287,6 +287,8 @@ def test_ranges_belong_to_static_activations() -> None:
         Rule("*", "int8", clip="mse")
     with pytest.raises(Invalid, match="awq scales what a layer is given, so its range is not what was seen; choose an"):
         Rule("*", "int8-static", "awq")
+    with pytest.raises(Invalid, match="clip: mse is about steps of one size, fp8-static has finer ones; give largest"):
+        Rule("*", "fp8-static", clip="mse")
 
 
 def test_a_static_scale_is_of_what_the_layer_was_given() -> None:
@@ -297,3 +299,8 @@ def test_a_static_scale_is_of_what_the_layer_was_given() -> None:
     assert scheme
     chosen = Rule("*", "int8-static", clip="largest").codes(weight, scheme, sums.statistics())
     assert chosen.input_scale == pytest.approx(5 / 127, rel=0.02) and chosen.scheme == scheme
+    eighths = parse_scheme("fp8-static")
+    assert eighths
+    assert Rule("*", "fp8-static").codes(weight, eighths, sums.statistics()).input_scale == pytest.approx(
+        5 / 448, rel=0.02
+    )

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 
-def round_to_nearest_plain(weight: np.ndarray, bits: int, group_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [out, in] and scales [out, groups] by loops over rows, groups and columns."""
+def round_to_nearest_plain(
+    weight: np.ndarray, bits: int, group_size: int | None, half_scales: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [out, in] and scales [out, groups] by loops over rows, groups and columns; half_scales: of float16."""
     rows, columns = weight.shape
     size = group_size or columns
     largest_code = 2 ** (bits - 1) - 1
@@ -18,11 +20,43 @@ def round_to_nearest_plain(weight: np.ndarray, bits: int, group_size: int | None
         for group in range(columns // size):
             values = weight[row, group * size : (group + 1) * size]
             scale = np.float32(max(abs(float(value)) for value in values)) / np.float32(largest_code)
-            scales[row, group] = scale if scale >= np.finfo(np.float32).tiny else np.float32(1)
+            scale = scale if scale >= np.finfo(np.float32).tiny else np.float32(1)
+            scales[row, group] = np.float16(scale) if half_scales else scale
             for column_in_group, value in enumerate(values):
                 code = round(float(np.float32(value) / scales[row, group]))
                 codes[row, group * size + column_in_group] = max(-largest_code, min(largest_code, code))
     return codes, scales
+
+
+def e4m3_numbers() -> list[float]:
+    """Every number of FP8 with 4 bits of exponent, bias 7, and 3 of fraction, from its bits; sorted."""
+    numbers = set()
+    for bits in range(256):
+        sign, exponent, fraction = -1 if bits & 128 else 1, (bits >> 3) & 15, bits & 7
+        if (exponent, fraction) == (15, 7):
+            continue  # not a number
+        numbers.add(sign * (fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)))
+    return sorted(numbers)
+
+
+def round_to_fp8_plain(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [out, in], as the numbers they are, and scales [out, 1]: each ratio's nearest number, by search."""
+    numbers = np.array(e4m3_numbers())
+    codes, scales = np.zeros(weight.shape), np.ones((len(weight), 1), np.float32)
+    for row, values in enumerate(weight):
+        largest = np.abs(values).max()
+        scales[row] = largest / np.float32(448) if largest > 0 else 1
+        for column, value in enumerate(values):
+            distances = np.abs(numbers - float(np.float32(value) / scales[row, 0]))
+            nearest = numbers[distances == distances.min()]
+            # Of two as near, the one whose last bit of the fraction is 0.
+            codes[row, column] = nearest[0] if len(nearest) == 1 else min(nearest, key=_is_odd)
+    return codes, scales
+
+
+def _is_odd(number: float) -> bool:
+    step = 2.0**-9 if abs(number) < 2.0**-6 else 2.0 ** (np.floor(np.log2(abs(number))) - 3)
+    return bool(round(abs(number) / step) % 2)
 
 
 def tensor_product_plain(x: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:

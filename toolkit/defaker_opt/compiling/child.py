@@ -37,15 +37,17 @@ def build_engine(job: EngineJob, progress: Progress) -> Built:
 def _listen(process: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
     """The last object that it prints; told of the others as they come. An interrupt ends it too."""
     last: dict[str, Any] = {}
+    heard = False
     assert process.stdout is not None
     try:
         for line in process.stdout:
             last = json.loads(line) if line.startswith("{") else last
             if "share" in last:
                 progress(str(last["step"]), min(1.0, float(last["share"])))
-    except BaseException:
-        process.kill()
-        raise
+        heard = True
+    finally:
+        if not heard:
+            process.kill()
     return last
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from defaker_opt.compiling import Built, EngineJob, Ranges
 from defaker_opt.compiling.check import Call, compare_verdicts, judge_picture, milliseconds, tolerance, worst_difference
 from defaker_opt.compiling.relax import Wide, product_kinds, relax_graph
-from defaker_opt.compiling.shapes import stage_ranges
+from defaker_opt.compiling.shapes import sizes_of, stage_ranges
 from defaker_opt.errors import BuildError, write_failure
 from defaker_opt.files import held, read_json_object, write_json
 from defaker_opt.progress import Progress, part_named, part_of
@@ -107,7 +107,7 @@ def _compile_stage(
     build: Build, stage: str, calls: Sequence[Call], settings: Settings, hands: Hands, progress: Progress
 ) -> dict[str, Any]:
     """The first form of the stage that is built and right; or, if asked, the fastest. Raises BuildError without one."""
-    spec, ranges = build.manifest.spec(stage), stage_ranges(open_session(build), stage)
+    spec, ranges = build.manifest.spec(stage), stage_ranges(sizes_of(open_session(build)), stage)
     folder = engines_folder(build.folder)
     tried: list[dict[str, Any]] = []
     right: list[dict[str, Any]] = []

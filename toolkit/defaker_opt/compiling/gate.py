@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from defaker_opt.compiling import Built, EngineJob
-from defaker_opt.compiling.shapes import stage_ranges
+from defaker_opt.compiling.shapes import sizes_of, stage_ranges
 from defaker_opt.errors import BuildError
 from defaker_opt.progress import Progress, part_named
 from defaker_opt.runtime.build import Build
@@ -44,7 +44,7 @@ def check_graphs(
     session, stages = open_session(build), list(build.manifest.data["stages"])
     rows: list[dict[str, Any]] = []
     for stage in stages:
-        ranges = stage_ranges(session, stage)
+        ranges = stage_ranges(sizes_of(session), stage)
         for capability in capabilities:
             done = len(rows) / (len(stages) * len(capabilities))
             what, size = f"build {stage} for {capability}", 1 / (len(stages) * len(capabilities))

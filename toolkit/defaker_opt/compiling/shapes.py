@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from defaker_opt.compiling import Ranges
 from defaker_opt.runtime.session import Session
 
 
-def stage_ranges(session: Session, stage: str) -> tuple[Ranges, ...]:
+@dataclass(frozen=True)
+class Sizes:
+    """What decides them. tiles: the most of a picture; tiles_at_once and tokens_at_once: of one call, the target's.
+
+    before and shared: tokens of the prompt before the picture and of the questions' common start; question: of the
+    longer rest; words: the most of an answer that is decoded. reads_whole: whether questions bring the prefix along.
+    """
+
+    tiles: int
+    tokens_per_tile: int
+    tiles_at_once: int
+    tokens_at_once: int
+    before: int
+    shared: int
+    question: int
+    words: int = 0
+    reads_whole: bool = False
+
+
+def sizes_of(session: Session) -> Sizes:
+    """The sizes of a build."""
+    data, prompts = session.build.manifest.data, session.prompts()
+    options, most = data["target"]["session"], int(data["input"]["max_tiles"])
+    return Sizes(
+        tiles=most + (most > 1),
+        tokens_per_tile=int(data["input"]["tokens_per_tile"]),
+        tiles_at_once=int(options["tiles"]),
+        tokens_at_once=int(options["tokens"]),
+        before=len(prompts["before"]),
+        shared=len(prompts["shared"]),
+        question=max(len(prompts["verdict"]), len(prompts["mask"])),
+        words=int(data.get("explain", {}).get("max_tokens", 0)),
+        reads_whole=not session.build.manifest.saves("shared_prefix"),
+    )
+
+
+def stage_ranges(sizes: Sizes, stage: str) -> tuple[Ranges, ...]:
     """One range for each way in which a stage is used; none of its sizes change where there is one empty range.
 
     A picture alone is one tile, a larger one some tiles and a thumbnail. The language stage reads the whole prefix
     once, block by block where the target says so, and then a few tokens of a question, or the words of an answer one by
     one, on the key/values of all of it.
     """
-    facts = session.build.manifest.data["input"]
-    options = session.build.manifest.data["target"]["session"]
-    most = int(facts["max_tiles"]) + (facts["max_tiles"] > 1)
     if stage == "vision_encoder":
-        at_once = min(options["tiles"] or most, most)
+        at_once = min(sizes.tiles_at_once or sizes.tiles, sizes.tiles)
         return ({"tiles": (1, 1, 1)},) if at_once == 1 else ({"tiles": (1, 1, 1)}, {"tiles": (2, at_once, at_once)})
     if stage != "language":
         return ({},)
-    prompts = session.prompts()
-    prefix = len(prompts["before"]) + most * int(facts["tokens_per_tile"]) + len(prompts["shared"])
-    question = max(len(prompts["verdict"]), len(prompts["mask"]))
-    whole = prefix if session.build.manifest.saves("shared_prefix") else prefix + question
-    block = min(options["tokens"] or whole, whole)
-    words = int(session.build.manifest.data.get("explain", {}).get("max_tokens", 0))
-    usual = min(block, len(prompts["before"]) + 3 * int(facts["tokens_per_tile"]))
-    reading: Ranges = {"tokens": (1, max(usual, 1), block), "past": (0, 0, prefix - 1 if block < prefix else 0)}
-    asking: Ranges = {"tokens": (1, max(1, question), question + 1), "past": (1, prefix, prefix + question + words)}
+    prefix = sizes.before + sizes.tiles * sizes.tokens_per_tile + sizes.shared
+    whole = prefix + sizes.question * sizes.reads_whole
+    block = min(sizes.tokens_at_once or whole, whole)
+    usual = min(block, sizes.before + 3 * sizes.tokens_per_tile)
+    reading: Ranges = {"tokens": (1, usual, block), "past": (0, 0, prefix - 1 if block < prefix else 0)}
+    asking: Ranges = {
+        "tokens": (1, max(1, sizes.question), sizes.question + 1),
+        "past": (1, prefix, prefix + sizes.question + sizes.words),
+    }
     return (asking, reading)
