@@ -161,3 +161,29 @@ def test_show_targets_says_what_is_planned_and_what_is_unverified() -> None:
     orin = next(row for row in rows if row["name"] == "orin-nano-super-8gb")
     assert orin["available"] is True
     assert orin["device"]["peaks"]["int8"]["value"] == 33.4
+
+
+def test_a_provider_that_is_not_there_is_said_and_never_replaced(float_build: Path) -> None:
+    from defaker_opt.errors import BuildError
+    from defaker_opt.runtime import open_build
+    from defaker_opt.runtime.backends.onnx_runtime import open_stage
+
+    spec, file = open_build(float_build).manifest.spec("mask_decoder"), float_build / "mask_decoder.onnx"
+    open_stage(file, spec, {"providers": ["CPUExecutionProvider"]})
+    with pytest.raises(
+        BuildError, match=r"CUDAExecutionProvider is not in this onnxruntime, which has .*onnxruntime-gpu"
+    ):
+        open_stage(file, spec, {"providers": ["CUDAExecutionProvider"]})
+
+
+def test_a_target_may_name_providers(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = (
+        yaml_names("profiling/targets")["cpu"]
+        .read_text()
+        .replace("session:", "session:\n  providers: [CUDAExecutionProvider]")
+    )
+    file.write_text(text)
+    target = load_target(str(file))
+    assert target.session.providers == ("CUDAExecutionProvider",)
+    assert list(target.as_json()["session"]["providers"]) == ["CUDAExecutionProvider"]

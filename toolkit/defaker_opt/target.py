@@ -37,12 +37,16 @@ class SessionOptions:
 
     open_mb: stages of larger builds are opened when a picture needs them and closed after, at the cost of opening them
     for the next; 0 = all stay open.
+
+    providers: of ONNX Runtime, the first one that has an operator runs it, such as CUDAExecutionProvider or
+    TensorrtExecutionProvider; none = the CPU's.
     """
 
     threads: int = 0
     tiles: int = 0
     tokens: int = 0
     open_mb: int = 0
+    providers: tuple[str, ...] = ()
 
     CHECKS: ClassVar[Mapping[str, Callable[[int], str | None]]] = {
         name: lambda count: None if count >= 0 else f"must be 0 or more, got {count}"

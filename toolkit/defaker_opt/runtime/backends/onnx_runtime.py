@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime: on the CPU, or on what the target's providers are for."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from defaker_opt.runtime.backends import OpenStage, Operator, Tensors, Trace, ch
 from defaker_opt.runtime.spec import StageSpec
 
 _LOG_ERRORS_ONLY = 3
+_CPU = "CPUExecutionProvider"
 
 _OPEN_ERRORS = (
     RuntimeError,
@@ -37,10 +38,10 @@ _OPEN_ERRORS = (
 
 
 def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:
-    """Open an ONNX file. `options`: `threads` (0 = one for each core); `as_written`: codes are decoded where the graph
-    says so, and what comes out is multiplied, instead of products of codes.
+    """Open an ONNX file. `options`: `threads` (0 = one for each core); `providers`: by which operators run, before the
+    CPU's; `as_written`: codes are decoded where the graph says so, and what comes out is multiplied, on the CPU.
     """
-    session = _open(file, _settings(options))
+    session = _open(file, _settings(options), options)
 
     def run(tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         check_input(spec, tensors)
@@ -61,12 +62,12 @@ def trace_stage(
     """
     for tensors, _ in calls:
         check_input(spec, tensors)
-    plain = _time_runs(_open(file, _settings(options)), calls, repeat)
+    plain = _time_runs(_open(file, _settings(options), options), calls, repeat)
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(options)
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / spec.name)
-        session = _open(file, settings)
+        session = _open(file, settings, options)
         _time_runs(session, calls, repeat)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     ends = sorted(event["ts"] + event["dur"] for event in events if event["name"] == "model_run")
@@ -108,8 +109,16 @@ def _settings(options: Mapping[str, Any]) -> onnxruntime.SessionOptions:
     return settings
 
 
-def _open(file: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _open(file: Path, settings: onnxruntime.SessionOptions, options: Mapping[str, Any]) -> onnxruntime.InferenceSession:
+    providers = [] if options.get("as_written") else list(options.get("providers", ()))
+    # A provider that is missing would only be warned about, and the CPU would do its work.
+    for name in providers:
+        if name not in onnxruntime.get_available_providers():
+            raise BuildError(
+                f"target: providers: {name} is not in this onnxruntime, which has "
+                f"{', '.join(onnxruntime.get_available_providers())}; for a GPU: pip install onnxruntime-gpu"
+            )
     try:
-        return onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(file), settings, providers=list(dict.fromkeys([*providers, _CPU])))
     except _OPEN_ERRORS as error:
         raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
