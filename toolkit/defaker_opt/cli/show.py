@@ -95,6 +95,9 @@ def _target_lines(row: dict[str, Any]) -> str:
         peaks = ", ".join(f"{name} {fact['value']:g}" for name, fact in device["peaks"].items())
         facts = f"{device['memory']['value']:g} GB, {device['bandwidth']['value']:g} GB/s"
         lines.append(f"{'':22} {facts}, 10¹² operations a second: {peaks}")
+    if row["encodings"]:
+        reads = f", graphs of opset {row['graph']['opset']}" if row["graph"] else ""
+        lines.append(f"{'':22} {row['backend']} runs {', '.join(row['encodings'])}{reads}")
     if not row["available"]:
         lines.append(f"{'':22} backend {row['backend']}, not in this version: for planning only")
     if row["unverified"]:

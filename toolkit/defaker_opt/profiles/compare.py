@@ -23,7 +23,8 @@ DIFF_TOLERANCE = 0.03
 class Change:
     """What one stage, or the whole, changed: second against first. Milliseconds an image, with an interval.
 
-    The stages' intervals are wide enough that all hold together at CONFIDENCE. sure: whether 0 is outside.
+    The stages' intervals are wide enough that all hold together at CONFIDENCE. sure: whether the ratio's excludes 1,
+    as its signed ranks see more than the mere signs behind the interval in milliseconds, and are as right.
     """
 
     stage: str
@@ -36,8 +37,8 @@ class Change:
 
     @property
     def sure(self) -> bool:
-        """Whether the interval of the difference excludes 0."""
-        return self.low_ms > 0 or self.high_ms < 0
+        """Whether the interval of the ratio excludes 1."""
+        return self.ratio.differs
 
 
 @dataclass(frozen=True)
