@@ -24,12 +24,13 @@ from rich.table import Table
 from defaker_opt.cli.progress import progress_bar
 from defaker_opt.compiling import EngineJob
 from defaker_opt.compiling.child import build_engine
-from defaker_opt.compiling.gate import CAPABILITIES, WORDS
+from defaker_opt.compiling.gate import CAPABILITIES, LIBRARY, WORDS
 from defaker_opt.compiling.shapes import Sizes, stage_ranges
 from defaker_opt.detector import Detector, linear_weights, load_detector, write_source
 from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.export import export_stage
+from defaker_opt.graph.qdq import narrow_attention_
 from defaker_opt.graph.write import write_graph
 from defaker_opt.methods import parse_scheme
 from defaker_opt.methods.round_to_nearest import RoundToNearest
@@ -38,6 +39,7 @@ from defaker_opt.progress import Progress
 from defaker_opt.recipe import Recipe, load_recipe
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.spool import SpooledCodes
+from defaker_opt.stage_build import stage_scheme
 from defaker_opt.target import Target, load_target
 
 WORKSPACE_MB = 1024
@@ -69,6 +71,8 @@ def write_stage(detector: Detector, target: Target, schemes: dict[str, str], sta
             detector.codes[name] = dataclasses.replace(codes, input_scale=step)
     graph = export_stage(detector, stage)
     fill_weights_(graph, detector, target.encodings)
+    if target.attention == "float16" and stage_scheme(detector, stage) != "float":
+        narrow_attention_(graph.model.graph)
     path = write_graph(graph, folder)[0]
     assert target.graph is not None
     check_accepted(path, target.graph, target.name)
@@ -87,7 +91,7 @@ def gate(recipe: Recipe, source: str, capability: str, progress: Progress) -> It
             detector = dataclasses.replace(plain, codes=SpooledCodes(Path(work) / "codes"), savings=recipe.savings)
             path = write_stage(detector, target, schemes, stage, Path(work))
             progress(f"{recipe.name}: build {stage}", (place + 0.5) / len(STAGES))
-            job = EngineJob(path, None, stage_ranges(sizes, stage), WORKSPACE_MB, capability)
+            job = EngineJob(path, None, stage_ranges(sizes, stage), WORKSPACE_MB, LIBRARY, capability)
             built = build_engine(job, lambda what, share: None)
             written = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
         facts = {"recipe": recipe.name, "stage": stage, "capability": capability, "predicted": predicted[stage]}

@@ -18,17 +18,18 @@ import pytest
 from PIL import Image
 
 from defaker_opt.compiling import Built, EngineJob
-from defaker_opt.compiling.check import judge_picture
+from defaker_opt.compiling.check import RecordingSession, judge_picture
 from defaker_opt.compiling.child import build_engine
 from defaker_opt.compiling.compile import AS_BUILT, Hands, Settings, compile_build
 from defaker_opt.compiling.gate import CAPABILITIES, capabilities_of, check_graphs
 from defaker_opt.compiling.relax import product_kinds, relax_graph
-from defaker_opt.compiling.shapes import sizes_of, stage_ranges
+from defaker_opt.compiling.shapes import Sizes, sizes_of, stage_ranges
 from defaker_opt.errors import BuildError, PassError
 from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.write import decoded_weights
 from defaker_opt.runtime import open_build, open_session
 from defaker_opt.runtime.backends import OpenStage, onnx_runtime
+from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.cuda import Gpu
 from defaker_opt.runtime.engines import RECORD, backend_of, engines_folder
 from defaker_opt.runtime.spec import STAGES, StageSpec
@@ -39,6 +40,7 @@ from tests.conftest import defaker_opt, shared_build
 RECIPES = ("jetson-int8", "jetson-int4", "datacenter-fp8")
 IMAGE = Image.fromarray(sample_image())
 GPU = Gpu("87", "12.6")
+RTX = "tensorrt_rtx"
 
 
 def quiet(what: str, fraction: float) -> None:
@@ -78,19 +80,19 @@ def test_a_graph_that_is_none_is_refused_in_the_parsers_words(tmp_path: Path) ->
     graph = ir.Graph([x], list(node.outputs), nodes=[node], opset_imports={"": 20})
     path = tmp_path / "mine.onnx"
     ir.save(ir.Model(graph, ir_version=10), path)
-    built = build_engine(EngineJob(path, None, ({},), 64, "SM89"), quiet)
+    built = build_engine(EngineJob(path, None, ({},), 64, RTX, "SM89"), quiet)
     assert built.bytes == 0
     assert "DynamicQuantizeLinear codes: " in built.refused[0]
 
 
 def test_a_builder_that_dies_says_so(tmp_path: Path) -> None:
-    job = EngineJob(tmp_path / "no.onnx", None, ({},), 64, "SM1")
+    job = EngineJob(tmp_path / "no.onnx", None, ({},), 64, RTX)
     assert "cannot be found" in build_engine(job, quiet).refused[0]
     words = r"(?s)mine.onnx: no engine was built; the builder ended with code 1:\n.*KeyError: 'tiles'"
     with pytest.raises(BuildError, match=words):
         bad = dataclasses.replace(job, graph=tmp_path / "mine.onnx")
         shutil.copy(_dynamic_graph(tmp_path), bad.graph)
-        build_engine(dataclasses.replace(bad, profiles=({"other": (1, 1, 1)},), capability=""), quiet)
+        build_engine(dataclasses.replace(bad, profiles=({"other": (1, 1, 1)},)), quiet)
 
 
 def _dynamic_graph(folder: Path) -> Path:
@@ -162,7 +164,9 @@ def test_a_stage_without_codes_multiplies_what_they_stood_for(
             assert array.dtype == np.dtype(wide)
             np.testing.assert_array_equal(array, weights[name].T.astype(wide))
     spec = open_build(folder).manifest.spec(stage)
-    calls = [call for call in judge_picture(open_build(folder))[1] if call.stage == stage]
+    session = RecordingSession(open_build(folder))
+    judge_picture(session)
+    calls = [call for call in session.calls if call.stage == stage]
     run = onnx_runtime.open_stage(tmp_path / "float32" / graph.name, spec, {})
     for call in calls:
         for name, expected in call.results.items():
@@ -174,15 +178,16 @@ def hands(spoil: Callable[[Path, dict[str, Any]], None] = lambda path, results: 
     """Engines are copies of their graphs, run by ONNX Runtime. refuse: words by stage; spoil: changes results."""
 
     def build(job: EngineJob, progress: Any) -> Built:
-        words = refuse.get(job.graph.stem, "")
-        if job.graph.parent.name in ("float16", "float32"):
-            words = ""
+        words = "" if job.graph.parent.name in ("float16", "float32") else refuse.get(job.graph.stem, "")
+        if words == "dies":
+            raise BuildError(f"{job.graph}: no engine was built; it was killed")
         assert job.output is not None
         if not words:
-            job.output.with_suffix(".d").mkdir(parents=True, exist_ok=True)
+            place = job.output.parent.parent / f"{job.graph.stem}.{job.output.stem}"
+            place.mkdir(exist_ok=True)
             for file in job.graph.parent.glob(f"{job.graph.name}*"):
-                shutil.copy(file, job.output.with_suffix(".d"))
-            job.output.write_text(str(job.output.with_suffix(".d") / job.graph.name))
+                shutil.copy(file, place)
+            job.output.write_text(str(place / job.graph.name))
         return Built(1000, 0.1, "tensorrt 10.3.0", (words,) if words else ())
 
     def open_engine(path: Path, spec: StageSpec) -> OpenStage:
@@ -195,13 +200,20 @@ def hands(spoil: Callable[[Path, dict[str, Any]], None] = lambda path, results: 
 
         return call
 
-    return Hands("tensorrt 10.3.0", GPU, build, open_engine)
+    def open_session(build: Build, engines: str) -> RecordingSession:
+        session = RecordingSession(build)
+        if engines:
+            folder = engines_folder(build.folder)
+            for stage, entry in json.loads((folder / engines).read_text())["stages"].items():
+                session._open[stage] = open_engine(folder / entry["file"], build.manifest.spec(stage))
+        return session
+
+    return Hands("tensorrt 10.3.0", GPU, build, open_engine, open_session)
 
 
 @pytest.fixture
-def copied(int8_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A build that may be compiled; with engines.json in place it still runs by its graphs, as no GPU is here."""
-    monkeypatch.setattr("defaker_opt.runtime.session.backend_of", lambda build: "onnx_runtime")
+def copied(int8_engines: Path, tmp_path: Path) -> Path:
+    """A build that may be compiled."""
     return Path(shutil.copytree(int8_engines, tmp_path / "build"))
 
 
@@ -239,7 +251,47 @@ def test_a_refused_or_wrong_stage_is_made_without_codes_and_says_why(copied: Pat
     assert stages["mask_encoder"]["tried"][0]["why"] == (
         "image_embed is 50.0% away from ONNX Runtime, where 10.0% is allowed"
     )
-    assert [each["why"][:20] for each in stages["vision_encoder"]["tried"]] == ["vision_tokens is inf"] * 2
+    assert [each["why"] for each in stages["vision_encoder"]["tried"]] == ["vision_tokens is not a finite number"] * 2
+
+
+def test_a_builder_that_is_killed_leaves_the_next_form(copied: Path) -> None:
+    stages = compile_build(open_build(copied), Settings(64), hands(language="dies"), quiet).record["stages"]
+    assert stages["language"]["precision"] == "float16"
+    assert stages["language"]["tried"][0]["why"].endswith("no engine was built; it was killed")
+
+
+def test_engines_whose_self_test_fails_are_not_used(copied: Path) -> None:
+    opened: list[Path] = []
+
+    def spoil(path: Path, results: dict[str, Any]) -> None:
+        opened.append(path)
+        if path.parent.name == "build.engines" and "verdict_logits" in results:
+            results["verdict_logits"] = -results["verdict_logits"]
+
+    compiled = compile_build(open_build(copied), Settings(64), hands(spoil), quiet)
+    assert not compiled.self_test.passed and opened
+    assert backend_of(open_build(copied)) == "onnx_runtime"
+    assert open_session(open_build(copied)).judge(IMAGE, gate=0.0).mask is not None
+
+
+def test_another_workspace_or_an_interrupt_keeps_what_is_finished(copied: Path) -> None:
+    build, built = open_build(copied), []
+    compile_build(build, Settings(64), hands(), quiet)
+
+    def interrupted(build: Build, engines: str) -> RecordingSession:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_build(build, Settings(65), dataclasses.replace(hands(), open_session=interrupted), quiet)
+    assert backend_of(build) == "onnx_runtime"
+
+    def counted(job: EngineJob, progress: Any) -> Built:
+        built.append(job.graph)
+        return hands().build_engine(job, progress)
+
+    compile_build(build, Settings(66), dataclasses.replace(hands(), build_engine=counted), quiet)
+    assert built == [] and backend_of(build) == "tensor_rt"
+    assert not list(engines_folder(copied).glob(".*"))
 
 
 def test_a_stage_that_no_form_of_works_stops_it_and_the_rest_is_kept(copied: Path) -> None:
@@ -262,7 +314,7 @@ def test_a_stage_that_no_form_of_works_stops_it_and_the_rest_is_kept(copied: Pat
 
 
 def test_the_slower_form_is_not_taken(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([5.0, 4.0, 3.0, 4.0, 1.0, 2.0, 1.0])
+    times = iter([5.0, 4.0, 3.0, 4.0, 1.0, 0.98, 1.0])
     monkeypatch.setattr("defaker_opt.compiling.compile.milliseconds", lambda engine, calls: next(times))
     stages = compile_build(open_build(copied), Settings(64, never_slower=True), hands(), quiet).record["stages"]
     assert [stages[stage]["precision"] for stage in STAGES] == ["float16", AS_BUILT, AS_BUILT, AS_BUILT]
@@ -290,6 +342,75 @@ def test_engines_of_another_build_or_machine_are_refused_with_what_to_do(copied:
         check_record(compiled.folder, compiled.record, digest, module, GPU)
 
 
+def test_a_flipped_byte_of_an_engine_is_found(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from defaker_opt.runtime.backends import tensor_rt
+
+    compiled = compile_build(open_build(copied), Settings(64), hands(), quiet)
+    monkeypatch.setattr(tensor_rt, "library", lambda: None)
+    monkeypatch.setattr(tensor_rt, "read_gpu", lambda: GPU)
+    monkeypatch.setattr(tensor_rt, "check_record", lambda *all: None)
+    path = compiled.folder / "language.engine"
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(
+        BuildError, match=r"language.engine: its bytes are not those that were written; remove"
+    ):
+        tensor_rt.open_stage(copied / "language.onnx", open_build(copied).manifest.spec("language"), {})
+
+
+def test_a_machine_without_cuda_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    from defaker_opt.runtime import cuda
+
+    monkeypatch.setattr(cuda, "_NAMES", ("libno.so",))
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    cuda._library.cache_clear()
+    with pytest.raises(BuildError, match=r"CUDA: none of libno.so is found, .*LD_LIBRARY_PATH"):
+        cuda.read_gpu()
+    cuda._library.cache_clear()
+
+
+def test_the_gate_needs_rtx_and_says_so(int8_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("defaker_opt.compiling.gate.LIBRARY", "tensorrt_no")
+    with pytest.raises(BuildError, match=r"--check: needs TensorRT for RTX, tensorrt_no; install it: pip install"):
+        check_graphs(open_build(int8_engines), ("SM89",), 64, build_engine, quiet)
+
+
+def test_a_build_is_found_from_within_its_folder(int8_engines: Path) -> None:
+    done = defaker_opt("run", ".", "--self-test", cwd=int8_engines)
+    assert done.returncode == 0, done.stderr
+    assert engines_folder(Path()).name == f"{Path.cwd().name}.engines"
+
+
+def test_an_unshared_prefix_is_read_with_each_question_in_one_call() -> None:
+    sizes = Sizes(5, 256, 1, 512, before=10, shared=4, question=20, reads_whole=True)
+    assert stage_ranges(sizes, "language")[1]["tokens"][2] == 10 + 5 * 256 + 4 + 20
+
+
+def test_blocks_that_engines_do_not_read_are_refused(builds: Path) -> None:
+    graph, limits = shared_build(builds, "jetson-int4") / "language.onnx", load_target("h200").graph
+    assert limits is not None and limits.blocks == (64, 128)
+    check_accepted(graph, limits, "h200")
+    with pytest.raises(PassError, match=r"dequantize_weight: blocks of 64, and it reads 128"):
+        check_accepted(graph, dataclasses.replace(limits, blocks=(128,)), "h200")
+
+
+def test_attention_multiplies_in_float16_only_where_there_are_codes(int8_engines: Path) -> None:
+    halves = {
+        stage: sum(".narrow_" in (node.name or "") for node in ir.load(int8_engines / f"{stage}.onnx").graph)
+        for stage in STAGES
+    }
+    # Two products a layer, of two sides each.
+    assert halves["vision_encoder"] == 4 * 4 and halves["language"] == 4 * 3
+    assert halves["mask_encoder"] > 0 and halves["mask_decoder"] == 0
+
+
+def test_quantize_refuses_to_time_engines_where_they_are_not(tmp_path: Path) -> None:
+    done = defaker_opt("quantize", "--recipe", "jetson-int8", "--never-slower", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert "target orin-nano-super-8gb runs engines, which are timed where they are made" in done.stderr
+    done = defaker_opt("compile", tmp_path, "--check", "--never-slower")
+    assert done.returncode == 2 and "without a GPU nothing is timed" in done.stderr
+
+
 def test_a_damaged_record_is_said(copied: Path) -> None:
     folder = engines_folder(copied)
     folder.mkdir()
@@ -315,8 +436,6 @@ def test_sizes_cover_every_call_of_every_picture(int8_engines: Path) -> None:
 
 
 def _judged(build: Any, size: tuple[int, int]) -> Any:
-    from defaker_opt.compiling.check import RecordingSession
-
     session = RecordingSession(build)
     return session.judge(IMAGE.resize(size), gate=0.0), session.calls
 

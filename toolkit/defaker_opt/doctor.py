@@ -59,10 +59,13 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-# By backend: what it runs with, and where that comes from.
+# By backend: what it runs with, any of them, and where the first comes from.
 _PACKAGES = {
-    "onnx_runtime": ("onnxruntime", "pip install 'defaker-opt[cpu]'"),
-    "tensor_rt": ("tensorrt", "JetPack has it, elsewhere: pip install tensorrt; then defaker-opt compile BUILD"),
+    "onnx_runtime": (("onnxruntime",), "pip install 'defaker-opt[cpu]'"),
+    "tensor_rt": (
+        ("tensorrt", "tensorrt_rtx"),
+        "JetPack has it, elsewhere: pip install tensorrt; then defaker-opt compile BUILD",
+    ),
 }
 
 
@@ -93,9 +96,9 @@ def judge_target(target: Target, machine: Machine, installed: IsInstalled) -> Fi
     if not target.available:
         reason = f"this version has no backend {target.backend}"
         return Finding(target.name, "planned", reason, f"defaker-opt plan --target {target.name}")
-    package, remedy = _PACKAGES[target.backend]
-    if not installed(package):
-        return Finding(target.name, "no", f"not installed: {package}", remedy)
+    packages, remedy = _PACKAGES[target.backend]
+    if not any(map(installed, packages)):
+        return Finding(target.name, "no", f"not installed: {packages[0]}", remedy)
     return Finding(target.name, "yes", _slow(machine))
 
 

@@ -27,7 +27,6 @@ from defaker_opt.progress import Progress
 from defaker_opt.recipe import Recipe
 from defaker_opt.runtime.backends import OpenStage, find_backend
 from defaker_opt.runtime.build import Build
-from defaker_opt.runtime.engines import backend_of
 from defaker_opt.runtime.session import open_session
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.stage_build import Tensors, stage_inputs
@@ -80,7 +79,7 @@ def time_stages(job: Job, build: Build, progress: Progress, rounds: int = ROUNDS
         calls = list(stage_inputs(stage, session))
         session.close()
         with tempfile.TemporaryDirectory() as folder:
-            plain = _open_float(job, build, stage, Path(folder))
+            plain = _open_float(job, stage, Path(folder))
             outputs = tuple(tensor.name for tensor in session.spec(stage).outputs)
             times = _time_in_turns((plain, session.open_stage(stage)), calls, outputs, rounds)
         session.close()
@@ -89,13 +88,13 @@ def time_stages(job: Job, build: Build, progress: Progress, rounds: int = ROUNDS
     return timings
 
 
-def _open_float(job: Job, build: Build, stage: str, folder: Path) -> OpenStage:
+def _open_float(job: Job, stage: str, folder: Path) -> OpenStage:
     plain = Detector(job.detector.config, job.detector.weights, savings=job.recipe.savings)
     graph = export_stage(plain, stage)
     fill_weights_(graph, plain, job.target.encodings)
     file = write_graph(graph, folder)[0]
-    session = open_session(build)
-    return find_backend(backend_of(build)).open_stage(file, graph.spec, session.options())
+    options = dataclasses.asdict(job.target.session)
+    return find_backend(job.target.backend).open_stage(file, graph.spec, options)
 
 
 def _time_in_turns(

@@ -18,6 +18,7 @@ from defaker_opt.files import read_json_object, write_json
 from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.export import export_stage
+from defaker_opt.graph.qdq import narrow_attention_
 from defaker_opt.graph.write import check_decoded, write_graph
 from defaker_opt.runtime.build import Build, file_sha256
 from defaker_opt.runtime.clock import Clock
@@ -46,6 +47,8 @@ def build_stage(detector: Detector, target: Target, stage: str, build: Build, re
         return entry
     graph = export_stage(detector, stage)
     fill_weights_(graph, detector, target.encodings)
+    if target.attention == "float16" and stage_scheme(detector, stage) != "float":
+        narrow_attention_(graph.model.graph)
     files = write_graph(graph, build.folder)
     check_decoded(files[0], detector, stage)
     if target.graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from defaker_opt import strict
 from defaker_opt.catalog import find_yaml, module_names
@@ -56,19 +56,23 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class GraphLimits:
-    """What a device's parser reads. opset: the newest; operators: by their ONNX names."""
+    """What a device's parser reads. opset: the newest; operators: by their ONNX names; blocks: sizes of groups of codes
+    that share a scale.
+    """
 
     opset: int
     operators: tuple[str, ...]
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Target:
     """`encodings` says, for each kind of code the target can run, how it is written; a kind it lacks it cannot run.
 
-    `device` has the facts of a kind of machine, for planning; none for "the machine this runs on". `graph` has what its
-    parser accepts, if that is less than what is written here; every stage's file is checked against it. A target whose
-    backend is only planned has no encodings, and no builds.
+    attention: the type of products of two activations, in stages that have codes. `graph` has what the device's parser
+    accepts, if that is less than what is written here; every stage's file is checked against it. `device` has the facts
+    of a kind of machine, for planning; none for "the machine this runs on". A target whose backend is only planned has
+    no encodings, and no builds.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Target:
     session: SessionOptions = SessionOptions()
     device: Device | None = None
     graph: GraphLimits | None = None
+    attention: Literal["float32", "float16"] = "float32"
 
     def as_json(self) -> dict[str, Any]:
         """The form the manifest keeps: what decides a build's bytes. A corrected fact of a device changes no build."""

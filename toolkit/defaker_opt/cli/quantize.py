@@ -47,6 +47,7 @@ def quantize(
     """Make a compact build of a detector; a rerun goes on from the stages that are finished."""
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.recipe import load_recipe
+    from defaker_opt.runtime.engines import BACKEND as ENGINES
     from defaker_opt.target import load_target
 
     if locked and never_slower:
@@ -55,6 +56,11 @@ def quantize(
     loaded = load_recipe(recipe)
     aim = load_target(target or loaded.target)
 
+    if never_slower and aim.backend == ENGINES:
+        raise DefakerError(
+            f"--never-slower: target {aim.name} runs engines, which are timed where they are made: "
+            "defaker-opt compile BUILD --never-slower"
+        )
     with progress_bar() as report:
         report("load torch", 0.0)
         from defaker_opt.detector import write_source

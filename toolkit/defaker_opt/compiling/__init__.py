@@ -22,13 +22,15 @@ class EngineJob:
     """One engine to build. graph: an ONNX file; output: where the engine goes, None to throw it away.
 
     profiles: ranges of sizes, each of which the engine is tuned for. workspace_mb: what kernels may work on.
-    capability: of RTX's own builder, which needs no GPU for it, such as "SM86"; "" for the GPU at hand.
+    library: TensorRT's Python module. capability: of RTX's own builder, which needs no GPU for it, such as "SM86"; ""
+    for the GPU at hand.
     """
 
     graph: Path
     output: Path | None
     profiles: tuple[Ranges, ...]
     workspace_mb: int
+    library: str
     capability: str = ""
     timing_cache: Path | None = None
     log: Path | None = None

@@ -6,7 +6,9 @@ last {"bytes", "seconds", "tensorrt", "refused"}.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -19,7 +21,8 @@ from defaker_opt.runtime.backends.tensor_rt import library
 
 def main(job: Mapping[str, Any]) -> dict[str, Any]:
     """Build what the job says."""
-    trt = library()
+    _end_with_parent()
+    trt = library([job["library"]])
     logger = _logger(trt, job["log"])
     started = time.perf_counter()
     builder = trt.Builder(logger)
@@ -38,10 +41,7 @@ def main(job: Mapping[str, Any]) -> dict[str, Any]:
         _keep_timing(config, job)
     size = 0 if plan is None else plan.nbytes
     if plan is not None and job["output"]:
-        output = Path(job["output"])
-        partial = output.with_name(f".{output.name}.partial")
-        partial.write_bytes(plan)
-        partial.replace(output)
+        _write_whole(Path(job["output"]), plan)
     seconds = time.perf_counter() - started
     return {"bytes": size, "seconds": seconds, "tensorrt": f"{trt.__name__} {trt.__version__}", "refused": refused}
 
@@ -86,7 +86,19 @@ def _keep_timing(config: Any, job: Mapping[str, Any]) -> None:
     """What was timed for this engine helps the next one, and the same one next time."""
     cache = config.get_timing_cache()
     if job["timing_cache"] and cache is not None:
-        Path(job["timing_cache"]).write_bytes(cache.serialize())
+        _write_whole(Path(job["timing_cache"]), cache.serialize())
+
+
+def _write_whole(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _end_with_parent() -> None:
+    """A builder whose compile was killed would hold the memory that the next one needs (prctl's PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _logger(trt: ModuleType, log: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -21,14 +22,15 @@ def build_engine(job: EngineJob, progress: Progress) -> Built:
     """Carry out a job in a process of its own. Raises BuildError if that dies, as it does when memory runs out."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
-        path.write_text(json.dumps(job.as_json() | {"output": job.output and str(job.output)}), encoding="utf-8")
+        path.write_text(json.dumps(job.as_json()), encoding="utf-8")
         with (Path(folder) / "stderr").open("w+", encoding="utf-8") as said:
             command = [sys.executable, "-m", "defaker_opt.compiling.builder", str(path)]
             with subprocess.Popen(  # noqa: S603 - our own
                 command, stdout=subprocess.PIPE, stderr=said, text=True
             ) as process:
                 last = _listen(process, progress)
-            if process.returncode or "refused" not in last:
+            # What ends badly after its answer, in TensorRT's own farewell, has given it.
+            if "refused" not in last:
                 said.seek(0)
                 raise BuildError(_death(job, process.returncode, said.read()))
     return Built(last["bytes"], last["seconds"], last["tensorrt"], tuple(last["refused"]))
@@ -41,7 +43,8 @@ def _listen(process: subprocess.Popen[str], progress: Progress) -> dict[str, Any
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            last = json.loads(line) if line.startswith("{") else last
+            with contextlib.suppress(ValueError):  # TensorRT may print, too
+                last = json.loads(line) if line.startswith("{") else last
             if "share" in last:
                 progress(str(last["step"]), min(1.0, float(last["share"])))
         heard = True

@@ -6,6 +6,7 @@ Hopper: what it refuses is wrong, what it takes may still be refused there. A ga
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from defaker_opt.runtime.session import open_session
 
 # GPUs that RTX's builder knows, of those that detectors run on.
 CAPABILITIES = ("SM80", "SM86", "SM89")
+
+LIBRARY = "tensorrt_rtx"
 
 # The first of them with FP8.
 _FP8_FROM = "SM89"
@@ -41,6 +44,8 @@ def check_graphs(
 ) -> list[dict[str, Any]]:
     """Build every stage for each kind of GPU and throw it away: stage, capability, bytes, seconds, refused."""
     require_engines(build)
+    if importlib.util.find_spec(LIBRARY) is None:
+        raise BuildError(f"--check: needs TensorRT for RTX, {LIBRARY}; install it: pip install 'defaker-opt[rtx]'")
     session, stages = open_session(build), list(build.manifest.data["stages"])
     rows: list[dict[str, Any]] = []
     for stage in stages:
@@ -49,7 +54,7 @@ def check_graphs(
             done = len(rows) / (len(stages) * len(capabilities))
             what, size = f"build {stage} for {capability}", 1 / (len(stages) * len(capabilities))
             progress(what, done)
-            job = EngineJob(build.folder / f"{stage}.onnx", None, ranges, workspace_mb, capability)
+            job = EngineJob(build.folder / f"{stage}.onnx", None, ranges, workspace_mb, LIBRARY, capability)
             built = build_engine(job, part_named(progress, what, done, size))
             rows.append({"stage": stage, "capability": capability, **vars(built), "refused": list(built.refused)})
     return rows

@@ -1,6 +1,7 @@
 """The same stage without codes: weights decoded, activations as they come, products in float16 or float32.
 
-What a stage becomes where its codes are refused, wrong or slower. Weights are those that the codes stand for.
+float32 also widens attention's own products. What a stage becomes where its codes are refused, wrong or slower; weights
+are those that the codes stand for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def relax_graph(graph: Path, folder: Path, wide: Wide) -> Path:
         decoder = node.inputs[1].producer() if node.inputs[1] is not None else None
         if decoder is not None and decoder.op_type == _DECODE:
             _relax_product_(inner, node, decoder, wide)
+        elif wide == "float32" and _is_narrowed(node):
+            _widen_product_(inner, node)
     while dead := [
         node for node in inner if not any(list(value.uses()) for value in node.outputs) and not _is_result(node)
     ]:
@@ -49,7 +52,24 @@ def _relax_product_(graph: ir.Graph, node: ir.Node, decoder: ir.Node, wide: Wide
     nodes.append(ir.node("MatMul", [given, weight], name=node.name))
     if wide == "float16":
         nodes.append(ir.node("Cast", nodes[-1].outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{node.name}.widen"))
-    old, new = _widened(node), nodes[-1].outputs[0]
+    _replace_value_(graph, node, nodes, _widened(node))
+
+
+def _is_narrowed(node: ir.Node) -> bool:
+    return _widened(node) is not node.outputs[0]
+
+
+def _widen_product_(graph: ir.Graph, node: ir.Node) -> None:
+    """A product between casts, without them."""
+    casts = [value.producer() for value in node.inputs if value is not None]
+    assert all(cast is not None and cast.op_type == "Cast" for cast in casts), node.name
+    product = ir.node("MatMul", [cast.inputs[0] for cast in casts if cast is not None], name=node.name)
+    _replace_value_(graph, node, [product], _widened(node))
+
+
+def _replace_value_(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], old: ir.Value) -> None:
+    """Put nodes before one; whoever read `old` reads the last one's output, and what nobody reads goes later."""
+    new = nodes[-1].outputs[0]
     new.name, old.name = old.name, f"{old.name}.replaced"
     new.shape, new.type = old.shape, old.type
     graph.insert_before(node, nodes)

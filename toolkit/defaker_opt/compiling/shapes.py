@@ -13,7 +13,8 @@ class Sizes:
     """What decides them. tiles: the most of a picture; tiles_at_once and tokens_at_once: of one call, the target's.
 
     before and shared: tokens of the prompt before the picture and of the questions' common start; question: of the
-    longer rest; words: the most of an answer that is decoded. reads_whole: whether questions bring the prefix along.
+    longer rest; words: the most of an answer that is decoded. reads_whole: whether questions bring the prefix along, in
+    one call.
     """
 
     tiles: int
@@ -32,7 +33,7 @@ def sizes_of(session: Session) -> Sizes:
     data, prompts = session.build.manifest.data, session.prompts()
     options, most = data["target"]["session"], int(data["input"]["max_tiles"])
     return Sizes(
-        tiles=most + (most > 1),
+        tiles=most + (most > 1 or not session.build.manifest.saves("no_padding")),
         tokens_per_tile=int(data["input"]["tokens_per_tile"]),
         tiles_at_once=int(options["tiles"]),
         tokens_at_once=int(options["tokens"]),
@@ -58,7 +59,7 @@ def stage_ranges(sizes: Sizes, stage: str) -> tuple[Ranges, ...]:
         return ({},)
     prefix = sizes.before + sizes.tiles * sizes.tokens_per_tile + sizes.shared
     whole = prefix + sizes.question * sizes.reads_whole
-    block = min(sizes.tokens_at_once or whole, whole)
+    block = whole if sizes.reads_whole else min(sizes.tokens_at_once or prefix, prefix)
     usual = min(block, sizes.before + 3 * sizes.tokens_per_tile)
     reading: Ranges = {"tokens": (1, usual, block), "past": (0, 0, prefix - 1 if block < prefix else 0)}
     asking: Ranges = {

@@ -37,6 +37,9 @@ def _problems(model: ir.Model, limits: GraphLimits) -> Iterator[str]:
     for node in model.graph:
         if node.op_type in _CODES:
             yield from _wrong_codes(node)
+        size = node.attributes["block_size"].as_int() if "block_size" in node.attributes else None
+        if size and size not in limits.blocks:
+            yield f"{node.name}: blocks of {size}, and it reads {', '.join(map(str, limits.blocks)) or 'none'}"
 
 
 def _wrong_codes(node: ir.Node) -> Iterator[str]:

@@ -38,14 +38,19 @@ def replace_layer_(graph: ir.Graph, layer: Layer, nodes: list[ir.Node], result: 
     if layer.bias is not None:
         nodes.append(ir.node("Add", [result, layer.bias], name=f"{layer.name}.bias_add"))
         result = nodes[-1].outputs[0]
-    old = layer.node.outputs[0]
-    result.name, old.name = old.name, f"{old.name}.replaced"
-    # Readers other than onnxruntime want to be told what a graph's outputs are.
-    result.shape, result.type = old.shape, old.type
-    graph.insert_before(layer.node, nodes)
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    graph.remove(layer.node, safe=True)
+    replace_node_(graph, layer.node, nodes, result)
     if layer.transpose is not None and not list(layer.transpose.outputs[0].uses()):
         graph.remove(layer.transpose, safe=True)
     if not list(graph.initializers[layer.name].uses()):
         graph.initializers.pop(layer.name)
+
+
+def replace_node_(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], result: ir.Value) -> None:
+    """Put nodes in another's place; whoever read its only output reads `result`."""
+    old = node.outputs[0]
+    result.name, old.name = old.name, f"{old.name}.replaced"
+    # Readers other than onnxruntime want to be told what a graph's outputs are.
+    result.shape, result.type = old.shape, old.type
+    graph.insert_before(node, nodes)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from defaker_opt.graph.layers import Layer, replace_layer_
+from defaker_opt.graph.layers import Layer, replace_layer_, replace_node_
 from defaker_opt.graph.tensors import (
     Codes,
     Quantized,
@@ -85,3 +85,23 @@ def write_int4_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: Quantize
 def _tensor(graph: ir.Graph, name: str, shape: tuple[int, int], kind: Any, read: Callable[[], Any]) -> ir.Value:
     dtype = ir.DataType.from_numpy(np.dtype(kind))
     return add_tensor_(graph, name, shape, dtype, lambda: read().astype(kind))
+
+
+def narrow_attention_(graph: ir.Graph) -> None:
+    """Products of two activations become float16, as fused attention wants them; the softmax between stays float32."""
+    for node in [node for node in graph if node.op_type == "MatMul" and all(map(_is_activation, node.inputs))]:
+        half, whole = ({"to": int(kind)} for kind in (ir.DataType.FLOAT16, ir.DataType.FLOAT))
+        given = [ir.node("Cast", [x], half, name=f"{node.name}.narrow_{side}") for side, x in enumerate(node.inputs)]
+        product = ir.node("MatMul", [cast.outputs[0] for cast in given], name=node.name)
+        result = ir.node("Cast", product.outputs, whole, name=f"{node.name}.widen")
+        replace_node_(graph, node, [*given, product, result], result.outputs[0])
+
+
+def _is_activation(value: ir.Value | None) -> bool:
+    """Neither stored nor decoded from what is stored."""
+    assert value is not None
+    producer = value.producer()
+    if producer is None:
+        return not value.is_initializer()
+    decoded = producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None
+    return not (decoded and producer.inputs[0].is_initializer())  # type: ignore[union-attr]

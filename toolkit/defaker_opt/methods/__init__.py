@@ -29,7 +29,6 @@ SchemeName = Literal[
     "int2-asym-g32",
     "int4-sym-g128",
     "int4-sym-g64",
-    "int4-sym-g32",
     "fp8-static",
 ]
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
@@ -37,8 +36,8 @@ SCHEMES: tuple[str, ...] = get_args(SchemeName)
 # What calibration may be asked to collect, by the names of `Statistics`.
 Need = Literal["hessian", "shift", "mean_abs", "largest", "histogram"]
 
-# The smallest group a blocked kernel accepts.
-MIN_GROUP = 16
+# The smallest group that blocked kernels accept on CPUs, and in engines.
+_MIN_GROUP, _MIN_ENGINE_GROUP = 16, 64
 
 _NAME = re.compile(
     r"(?P<number>int|fp)(?P<bits>\d)(-(?P<activations>token|static))?(-(?P<sides>asym|sym))?(-g(?P<group>\d+))?"
@@ -93,7 +92,12 @@ class Scheme:
         if self.group_size is None:
             return self
         group_size = math.gcd(self.group_size, columns)
-        return dataclasses.replace(self, group_size=group_size) if group_size >= MIN_GROUP else None
+        return dataclasses.replace(self, group_size=group_size) if group_size >= self.least_group else None
+
+    @property
+    def least_group(self) -> int:
+        """The smallest group that its products take."""
+        return _MIN_ENGINE_GROUP if self.symmetric else _MIN_GROUP
 
 
 @dataclass(frozen=True)

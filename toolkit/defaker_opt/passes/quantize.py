@@ -206,7 +206,9 @@ class Quantize:
         assert rule is not None
         if rule.scheme == "float":
             return f"rule {rule.match!r} keeps it in float"
-        return f"{shape[1]} columns have no group of 16 or more that divides them"
+        scheme = parse_scheme(rule.scheme)
+        assert scheme is not None
+        return f"{shape[1]} columns have no group of {scheme.least_group} or more that divides them"
 
 
 def _all_linear(config: DetectorConfig) -> Mapping[str, tuple[int, ...]]:

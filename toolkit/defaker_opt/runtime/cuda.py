@@ -29,9 +29,10 @@ class Gpu:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    for name in (*_NAMES, ctypes.util.find_library("cudart")):
+    # Without a name CDLL gives the program itself.
+    for name in filter(None, (*_NAMES, ctypes.util.find_library("cudart"))):
         try:
-            return ctypes.CDLL(name or "")
+            return ctypes.CDLL(name)
         except OSError:
             continue
     raise BuildError(

@@ -11,6 +11,7 @@ build, which is the same everywhere.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ _UNCOMPILED = "onnx_runtime"
 
 def engines_folder(build: Path) -> Path:
     """Where a build's engines lie."""
-    return build.with_name(f"{build.name}.engines")
+    # Not resolved: a link to a build has engines of its own. Made absolute, as "." has no name.
+    place = Path(os.path.abspath(build))  # noqa: PTH100
+    return place.with_name(f"{place.name}.engines")
 
 
-def read_record(folder: Path) -> Mapping[str, Any] | None:
+def read_record(folder: Path, name: str = RECORD) -> Mapping[str, Any] | None:
     """What a folder of engines says of itself; None without one. Raises BuildError if it is damaged."""
-    path = folder / RECORD
+    path = folder / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

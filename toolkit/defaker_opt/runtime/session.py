@@ -17,6 +17,7 @@ from defaker_opt.runtime.answers import decode_fixed, decode_free, text_of
 from defaker_opt.runtime.backends import OpenStage, Tensors, find_backend
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock, Span
+from defaker_opt.runtime.engines import BACKEND as ENGINES
 from defaker_opt.runtime.engines import backend_of
 from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
 from defaker_opt.runtime.prompts import Prefix, extend_, load_prompts, question_input
@@ -63,6 +64,8 @@ class Session:
 
     build: Build
     threads: int = 0
+    # The record of engines that are still to be proven; none to run what `backend_of` says.
+    engines: str = ""
     _open: dict[str, OpenStage] = field(default_factory=dict)
     _prompts: dict[str, Array] = field(default_factory=dict)
 
@@ -123,7 +126,7 @@ class Session:
         """The stage, opened once."""
         if stage not in self._open:
             self._make_room_for(stage)
-            backend = find_backend(backend_of(self.build))
+            backend = find_backend(self.backend())
             file = self.build.folder / f"{stage}.onnx"
             self._open[stage] = backend.open_stage(file, self.spec(stage), self.options())
         return self._open[stage]
@@ -132,7 +135,13 @@ class Session:
         """What the backend is told of how to run stages."""
         target = self.build.manifest.data["target"]
         options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
-        return options if backend_of(self.build) == target["backend"] else {**options, "as_written": True}
+        if self.engines:
+            return {**options, "record": self.engines}
+        return options if self.backend() == target["backend"] else {**options, "as_written": True}
+
+    def backend(self) -> str:
+        """What runs the stages here."""
+        return ENGINES if self.engines else backend_of(self.build)
 
     def _make_room_for(self, stage: str) -> None:
         """Where not all stages may be open at once, close those of other phases."""

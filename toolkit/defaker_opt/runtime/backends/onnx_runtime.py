@@ -111,14 +111,22 @@ def _settings(options: Mapping[str, Any]) -> onnxruntime.SessionOptions:
 
 def _open(file: Path, settings: onnxruntime.SessionOptions, options: Mapping[str, Any]) -> onnxruntime.InferenceSession:
     providers = [] if options.get("as_written") else list(options.get("providers", ()))
-    # A provider that is missing would only be warned about, and the CPU would do its work.
+    have = onnxruntime.get_available_providers()
     for name in providers:
-        if name not in onnxruntime.get_available_providers():
+        if name not in have:
             raise BuildError(
-                f"target: providers: {name} is not in this onnxruntime, which has "
-                f"{', '.join(onnxruntime.get_available_providers())}; for a GPU: pip install onnxruntime-gpu"
+                f"target: providers: {name} is not in this onnxruntime, which has {', '.join(have)}; for a GPU: "
+                "pip install onnxruntime-gpu"
             )
     try:
-        return onnxruntime.InferenceSession(str(file), settings, providers=list(dict.fromkeys([*providers, _CPU])))
+        session = onnxruntime.InferenceSession(str(file), settings, providers=list(dict.fromkeys([*providers, _CPU])))
     except _OPEN_ERRORS as error:
         raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
+    for name in providers:
+        # One that cannot start is only warned about, and the CPU does its work.
+        if name not in session.get_providers():
+            raise BuildError(
+                f"target: providers: {name} did not start here; are the GPU's driver, CUDA and cuDNN those that "
+                f"onnxruntime {onnxruntime.__version__} wants? see: defaker-opt doctor"
+            )
+    return session

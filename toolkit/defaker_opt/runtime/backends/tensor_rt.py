@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,39 +17,42 @@ from defaker_opt.errors import BuildError
 from defaker_opt.runtime.backends import OpenStage, Tensors, check_input
 from defaker_opt.runtime.build import MANIFEST, file_sha256
 from defaker_opt.runtime.cuda import Buffer, Gpu, Stream, read_gpu
-from defaker_opt.runtime.engines import engines_folder, read_record
+from defaker_opt.runtime.engines import RECORD, engines_folder, read_record
 from defaker_opt.runtime.spec import StageSpec
 
 # JetPack's and NVIDIA's own come first; TensorRT for RTX has the same interface.
-_LIBRARIES = ("tensorrt", "tensorrt_rtx")
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
 
 
-def library() -> ModuleType:
-    """TensorRT's Python module. Raises BuildError if there is none."""
-    for name in _LIBRARIES:
+def library(names: Sequence[str] = LIBRARIES) -> ModuleType:
+    """TensorRT's Python module, the first that is there. Raises BuildError if there is none."""
+    for name in names:
         try:
             return importlib.import_module(name)
         except ImportError:
             continue
     raise BuildError(
         "TensorRT is not installed; on a Jetson JetPack has it, and a virtual environment sees it with "
-        "--system-site-packages; elsewhere: pip install tensorrt"
+        "--system-site-packages; elsewhere: pip install tensorrt, or for RTX: pip install 'defaker-opt[rtx]'"
     )
 
 
 def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenStage:
     """Open the engine of a build's stage. Raises BuildError if it was not made here, of this build."""
     folder = engines_folder(file.parent)
-    record = read_record(folder)
+    record = read_record(folder, str(options.get("record", RECORD)))
     if record is None or spec.name not in record["stages"]:
         raise BuildError(f"{folder}: no engine of {spec.name}; make it with: defaker-opt compile {file.parent}")
     tensorrt = library()
     check_record(folder, record, file_sha256(file.parent / MANIFEST), tensorrt, read_gpu())
-    path = folder / record["stages"][spec.name]["file"]
+    entry = record["stages"][spec.name]
+    path = folder / entry["file"]
     try:
         plan = path.read_bytes()
     except OSError as error:
         raise BuildError(f"{path}: cannot be read ({error.strerror}); remove {folder} and compile again") from error
+    if hashlib.sha256(plan).hexdigest() != entry["sha256"]:
+        raise BuildError(f"{path}: its bytes are not those that were written; remove {folder} and compile again")
     return Engine(tensorrt, plan, spec, str(path))
 
 
