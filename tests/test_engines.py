@@ -351,9 +351,7 @@ def test_a_flipped_byte_of_an_engine_is_found(copied: Path, monkeypatch: pytest.
     monkeypatch.setattr(tensor_rt, "check_record", lambda *all: None)
     path = compiled.folder / "language.engine"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(
-        BuildError, match=r"language.engine: its bytes are not those that were written; remove"
-    ):
+    with pytest.raises(BuildError, match=r"language.engine: its bytes are not those that were written; remove"):
         tensor_rt.open_stage(copied / "language.onnx", open_build(copied).manifest.spec("language"), {})
 
 
