@@ -15,6 +15,11 @@ GOLDEN = Path(os.environ.get("DEFAKER_GOLDEN_DIR", ROOT.parent / "shared" / "gol
 
 COMMAND = [sys.executable, "-m", "defaker_opt"]
 
+# Test workers and the commands they run share the cores; with a thread for each core in each of them, torch's threads
+# wait for one another most of the time. Read when torch is first imported, which is after this.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def defaker_opt(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the real command line in a process of its own."""
