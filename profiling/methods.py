@@ -31,7 +31,7 @@ from defaker_opt.methods import parse_scheme
 from defaker_opt.observe.inputs import Balance, StageInput, question_inputs, tile_inputs, whole_inputs
 from defaker_opt.observe.sweep import Sweep
 from defaker_opt.passes.quantize import Rule
-from defaker_opt.runtime.session import fake_probability
+from defaker_opt.runtime.answers import fake_probability
 from defaker_opt.samples import EMBEDDED, Samples, load_samples
 
 BALANCED = Balance()

@@ -37,7 +37,7 @@ def test_a_jetson_is_read_from_its_files(tmp_path: Path) -> None:
 
 
 def test_a_jetson_runs_arm_builds_and_engines(tmp_path: Path) -> None:
-    assert answers(orin(tmp_path), "tensorrt")["orin-nano-super-8gb"] == "no"
+    assert answers(orin(tmp_path), "tensorrt", "tensorrt_rtx")["orin-nano-super-8gb"] == "no"
     found = answers(orin(tmp_path))
     assert found["arm-cpu"] == "yes"
     assert found["orin-nano-super-8gb"] == "yes"

@@ -145,7 +145,9 @@ def test_quantizing_what_was_decoded_changes_nothing(scheme: Scheme, weight: np.
 @pytest.mark.parametrize("scheme", INT_SCHEMES, ids=str)
 def test_round_to_nearest_equals_its_plain_twin(scheme: Scheme, columns: int) -> None:
     fitted = scheme.fitted(columns)
-    assert fitted is not None
+    if fitted is None:
+        assert scheme.symmetric and columns % 64  # engines take no smaller groups
+        return
     weight = correlated(7, columns)
     weight[2] = 0
     weight[3, : columns // 2] = 0

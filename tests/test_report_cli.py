@@ -14,9 +14,9 @@ from defaker_opt.recipe import load_recipe, parse_recipe
 from defaker_opt.report.refit import write_refit
 from defaker_opt.report.values import Refit
 from defaker_opt.runtime import open_build, open_session
+from defaker_opt.runtime.answers import fake_probability
 from defaker_opt.runtime.images import load_image
 from defaker_opt.runtime.self_test import run_self_test
-from defaker_opt.runtime.session import fake_probability
 from tests.conftest import ROOT, defaker_opt
 from tests.drift_pictures import write_pictures
 

@@ -1,4 +1,7 @@
-"""Answers word by word, each the likeliest after those before it, on key/values that grow by one position a step."""
+"""Answers: the share of eight words that says fake, and text word by word, each the likeliest after those before.
+
+Words are read on key/values that grow by one position a step.
+"""
 
 from __future__ import annotations
 
@@ -87,3 +90,16 @@ def text_of(build: Build, words: tuple[int, ...]) -> str:
     starts = [int(ends[word - 1]) if word else 0 for word in words]
     pieces = [text[start : int(ends[word])] for start, word in zip(starts, words)]
     return b"".join(pieces).decode("utf-8", errors="replace").strip()
+
+
+def fake_probability(verdict_logits: Array, temperature: float = 1.0) -> float:
+    """Softmax over the eight answer words, then the share of the first four, which say fake (DeFakerOne, 4.6).
+
+    temperature: what the log-odds of that share are divided by; a refitted build has one other than 1.
+    """
+    logits = verdict_logits.astype(np.float64)
+    odds = np.exp(logits - logits.max())
+    if temperature == 1.0:
+        return float(odds[:4].sum() / odds.sum())
+    log_odds = np.logaddexp.reduce(logits[:4]) - np.logaddexp.reduce(logits[4:])
+    return float(1 / (1 + np.exp(-log_odds / temperature)))

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from defaker_opt.runtime.answers import fake_probability
 from defaker_opt.runtime.build import SELF_TEST
-from defaker_opt.runtime.session import Session, fake_probability
+from defaker_opt.runtime.session import Session
 
 
 @dataclass(frozen=True)

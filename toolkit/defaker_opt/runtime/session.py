@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from defaker_opt.errors import BuildError
-from defaker_opt.runtime.answers import decode_fixed, decode_free, text_of
+from defaker_opt.runtime.answers import decode_fixed, decode_free, fake_probability, text_of
 from defaker_opt.runtime.backends import OpenStage, Tensors, find_backend
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock, Span
@@ -136,8 +136,8 @@ class Session:
         target = self.build.manifest.data["target"]
         options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
         if self.engines:
-            return {**options, "record": self.engines}
-        return options if self.backend() == target["backend"] else {**options, "as_written": True}
+            options["record"] = self.engines
+        return {**options, "as_written": True} if self.backend() != target["backend"] else options
 
     def backend(self) -> str:
         """What runs the stages here."""
@@ -288,19 +288,6 @@ def _refuse_not_finite(stage: str, output: str, values: NDArray[Any]) -> None:
             f"{stage}: {output} is not a finite number on this machine, so there is no verdict; "
             "try the build's --self-test, or another backend or target"
         )
-
-
-def fake_probability(verdict_logits: Array, temperature: float = 1.0) -> float:
-    """Softmax over the eight answer words, then the share of the first four, which say fake (DeFakerOne, 4.6).
-
-    temperature: what the log-odds of that share are divided by; a refitted build has one other than 1.
-    """
-    logits = verdict_logits.astype(np.float64)
-    odds = np.exp(logits - logits.max())
-    if temperature == 1.0:
-        return float(odds[:4].sum() / odds.sum())
-    log_odds = np.logaddexp.reduce(logits[:4]) - np.logaddexp.reduce(logits[4:])
-    return float(1 / (1 + np.exp(-log_odds / temperature)))
 
 
 def open_session(build: Build, threads: int = 0) -> Session:

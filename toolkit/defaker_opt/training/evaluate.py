@@ -76,7 +76,7 @@ def _by_tile_count(pairs: Sequence[Prepared], at_once: int) -> list[list[Prepare
 
 
 def fake_probabilities(outputs: Outputs) -> NDArray[np.float64]:
-    """Share of the four words that say fake among the eight [B], as `runtime.session.fake_probability`."""
+    """Share of the four words that say fake among the eight [B], as `runtime.answers.fake_probability`."""
     if outputs.verdict_logits is None:
         return np.full(len(outputs.mask_logits if outputs.mask_logits is not None else ()), np.nan)
     share: NDArray[np.float64] = outputs.verdict_logits.detach().double().softmax(-1)[:, :4].sum(-1).cpu().numpy()
