@@ -131,8 +131,8 @@ def test_int8_stays_near_float_on_real_photos(float_build: Path, int8_build: Pat
         image = load_image(each) if isinstance(each, Path) else Image.fromarray(each)
         difference = quantized.judge(image).fake_probability - exact.judge(image).fake_probability
         differences[str(each) if isinstance(each, Path) else number] = abs(difference)
-    # Where the detector is unsure, as of photographs without the grain it was taught, rounding moves its odds most: one of
-    # some 227 photographs by 0.14, on average by 0.011.
+    # Where the detector is unsure, as of photographs without the grain it was taught, rounding moves its odds most: one
+    # of some 227 photographs by 0.14, on average by 0.011.
     assert max(differences.values()) <= 0.2, differences
     assert np.mean(list(differences.values())) <= (0.015 if photos() else 0.03)
 
