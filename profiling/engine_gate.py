@@ -28,9 +28,7 @@ from defaker_opt.compiling.gate import CAPABILITIES, LIBRARY, WORDS
 from defaker_opt.compiling.shapes import Sizes, stage_ranges
 from defaker_opt.detector import Detector, linear_weights, load_detector, write_source
 from defaker_opt.graph.accepted import check_accepted
-from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.export import export_stage
-from defaker_opt.graph.qdq import narrow_attention_
 from defaker_opt.graph.write import write_graph
 from defaker_opt.methods import parse_scheme
 from defaker_opt.methods.round_to_nearest import RoundToNearest
@@ -39,7 +37,7 @@ from defaker_opt.progress import Progress
 from defaker_opt.recipe import Recipe, load_recipe
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.spool import SpooledCodes
-from defaker_opt.stage_build import stage_scheme
+from defaker_opt.stage_build import fill_stage_
 from defaker_opt.target import Target, load_target
 
 WORKSPACE_MB = 1024
@@ -70,9 +68,7 @@ def write_stage(detector: Detector, target: Target, schemes: dict[str, str], sta
             step = 1 / scheme.largest_code if scheme.activations == "static" else None
             detector.codes[name] = dataclasses.replace(codes, input_scale=step)
     graph = export_stage(detector, stage)
-    fill_weights_(graph, detector, target.encodings)
-    if target.attention == "float16" and stage_scheme(detector, stage) != "float":
-        narrow_attention_(graph.model.graph)
+    fill_stage_(graph, detector, target)
     path = write_graph(graph, folder)[0]
     assert target.graph is not None
     check_accepted(path, target.graph, target.name)

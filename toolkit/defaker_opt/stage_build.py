@@ -15,6 +15,7 @@ from PIL import Image
 from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.errors import PassError
 from defaker_opt.files import read_json_object, write_json
+from defaker_opt.graph import Graph
 from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.export import export_stage
@@ -46,9 +47,7 @@ def build_stage(detector: Detector, target: Target, stage: str, build: Build, re
         entry: dict[str, Any] = finished["entry"]
         return entry
     graph = export_stage(detector, stage)
-    fill_weights_(graph, detector, target.encodings)
-    if target.attention == "float16" and stage_scheme(detector, stage) != "float":
-        narrow_attention_(graph.model.graph)
+    fill_stage_(graph, detector, target)
     files = write_graph(graph, build.folder)
     check_decoded(files[0], detector, stage)
     if target.graph:
@@ -80,6 +79,13 @@ def build_stage(detector: Detector, target: Target, stage: str, build: Build, re
     digests = {path.name: file_sha256(path) for path in files}
     write_json(receipt, {"entry": entry, "files": digests})
     return entry
+
+
+def fill_stage_(graph: Graph, detector: Detector, target: Target) -> None:
+    """Give a traced stage its weights and codes in the target's encodings, and its attention the target's type."""
+    fill_weights_(graph, detector, target.encodings)
+    if target.attention == "float16" and stage_scheme(detector, graph.spec.name) != "float":
+        narrow_attention_(graph.model.graph)
 
 
 def stage_scheme(detector: Detector, stage: str) -> str:

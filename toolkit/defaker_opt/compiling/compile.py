@@ -165,7 +165,7 @@ def _compile_stage(
 def _forms(graph: Path, work: Path) -> Iterator[tuple[str, Path]]:
     """The stage as it was built, then without its codes."""
     yield AS_BUILT, graph
-    wides: tuple[Wide, ...] = ("float16", "float32") if any(product_kinds(graph)) else ()
+    wides: tuple[Wide, ...] = ("float16", "float32") if product_kinds(graph) else ()
     for wide in wides:
         folder = work / wide
         folder.mkdir()

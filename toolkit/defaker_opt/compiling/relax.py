@@ -7,13 +7,14 @@ are those that the codes stand for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from defaker_opt.graph.layers import replace_node_
 
 Wide = Literal["float16", "float32"]
 
@@ -52,7 +53,7 @@ def _relax_product_(graph: ir.Graph, node: ir.Node, decoder: ir.Node, wide: Wide
     nodes.append(ir.node("MatMul", [given, weight], name=node.name))
     if wide == "float16":
         nodes.append(ir.node("Cast", nodes[-1].outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{node.name}.widen"))
-    _replace_value_(graph, node, nodes, _widened(node))
+    _replace_(graph, node, nodes)
 
 
 def _is_narrowed(node: ir.Node) -> bool:
@@ -64,16 +65,14 @@ def _widen_product_(graph: ir.Graph, node: ir.Node) -> None:
     casts = [value.producer() for value in node.inputs if value is not None]
     assert all(cast is not None and cast.op_type == "Cast" for cast in casts), node.name
     product = ir.node("MatMul", [cast.inputs[0] for cast in casts if cast is not None], name=node.name)
-    _replace_value_(graph, node, [product], _widened(node))
+    _replace_(graph, node, [product])
 
 
-def _replace_value_(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], old: ir.Value) -> None:
-    """Put nodes before one; whoever read `old` reads the last one's output, and what nobody reads goes later."""
-    new = nodes[-1].outputs[0]
-    new.name, old.name = old.name, f"{old.name}.replaced"
-    new.shape, new.type = old.shape, old.type
-    graph.insert_before(node, nodes)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+def _replace_(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node]) -> None:
+    """Put nodes in the place of a product, or of the cast that widens it; what nobody reads then goes later."""
+    last = _widened(node).producer()
+    assert last is not None
+    replace_node_(graph, last, nodes, nodes[-1].outputs[0])
 
 
 def _add_weight(graph: ir.Graph, decoder: ir.Node, wide: Wide) -> ir.Value:
@@ -126,11 +125,8 @@ def _is_result(node: ir.Node) -> bool:
     return any(value.is_graph_output() for value in node.outputs)
 
 
-def product_kinds(graph: Path) -> Iterator[str]:
+def product_kinds(graph: Path) -> tuple[str, ...]:
     """The types of the codes in a written stage, such as "INT8"; none if it has none."""
-    seen = set()
-    for node in ir.load(graph).graph:
-        codes = node.inputs[0] if node.op_type == _DECODE else None
-        if codes is not None and codes.const_value is not None and codes.dtype is not None:
-            seen.add(codes.dtype.name)
-    yield from sorted(seen)
+    codes = [node.inputs[0] for node in ir.load(graph).graph if node.op_type == _DECODE]
+    stored = [value.dtype for value in codes if value is not None and value.const_value is not None]
+    return tuple(sorted({dtype.name for dtype in stored if dtype is not None}))
