@@ -31,6 +31,7 @@ LAYERS = (
     {"preview", "drift", "never_slower", "doctor", "locked"},
     {"report", "planning"},
     {"profiles"},
+    {"search"},
     {"cli"},
     {"__main__"},
 )

@@ -20,39 +20,89 @@ if TYPE_CHECKING:
 _UNTRAINED = "untrained: the source's weights are drawn at random, so no verdict means anything"
 
 
+Recipe_ = Annotated[
+    str, typer.Option(help="A shipped recipe (see: show recipes), the path of a YAML file, or auto: search for one.")
+]
+Source_ = Annotated[
+    str | None,
+    typer.Option(help="Instead of the recipe's: reference, a detector folder, or PRESET:random (see: show presets)."),
+]
+Target_ = Annotated[str | None, typer.Option(help="Instead of the recipe's: see show targets.")]
+Output_ = Annotated[Path | None, typer.Option("--output", "-o", help="Default: exported/<source>-<recipe>.")]
+Replace_ = Annotated[bool, typer.Option("--replace", help="Replace another build at the output folder.")]
+DryRun_ = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, with sizes; write nothing.")]
+NeverSlower_ = Annotated[
+    bool, typer.Option("--never-slower", help="Time quantized stages here, and keep in float what is not faster.")
+]
+Locked_ = Annotated[
+    Path | None,
+    typer.Option(metavar="BUILD", help="Refuse unless recipe, source, pictures and tools are those of this build."),
+]
+MaxDrop_ = Annotated[
+    list[str] | None,
+    typer.Option(metavar="METRIC=DROP", help="auto: what may be lost, such as verdict_accuracy=0.005."),
+]
+Budget_ = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=MOST", help="auto: size_mb=… or latency_ms=… here, or both.")
+]
+Suite_ = Annotated[list[str] | None, typer.Option(help="auto: what builds are judged on, as for validate.")]
+Data_ = Annotated[Path | None, typer.Option(help="auto: the folder in which the suites' pictures lie.")]
+Calibration_ = Annotated[str, typer.Option(help="auto: pictures to look at, embedded (the default) or a CSV table.")]
+Json_ = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
+
+
 def quantize(
-    recipe: Annotated[str, typer.Option(help="A shipped recipe (see: show recipes) or the path of a YAML file.")],
-    source: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of the recipe's: reference, a detector folder, or PRESET:random (see: show presets)."
-        ),
-    ] = None,
-    target: Annotated[str | None, typer.Option(help="Instead of the recipe's: see show targets.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: exported/<source>-<recipe>.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace another build at the output folder.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, with sizes; write nothing.")
-    ] = False,
-    never_slower: Annotated[
-        bool,
-        typer.Option("--never-slower", help="Time quantized stages here, and keep in float what is not faster."),
-    ] = False,
-    locked: Annotated[
-        Path | None,
-        typer.Option(metavar="BUILD", help="Refuse unless recipe, source, pictures and tools are those of this build."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")] = False,
+    recipe: Recipe_,
+    source: Source_ = None,
+    target: Target_ = None,
+    output: Output_ = None,
+    replace: Replace_ = False,
+    dry_run: DryRun_ = False,
+    never_slower: NeverSlower_ = False,
+    locked: Locked_ = None,
+    max_drop: MaxDrop_ = None,
+    budget: Budget_ = None,
+    suite: Suite_ = None,
+    data: Data_ = None,
+    calibration: Calibration_ = "",
+    as_json: Json_ = False,
 ) -> None:
     """Make a compact build of a detector; a rerun goes on from the stages that are finished."""
+    from defaker_opt.cli.auto import quantize_auto, refuse_with_auto, refuse_without_auto
+
+    if recipe == "auto":
+        refuse_with_auto({"--dry-run": dry_run, "--never-slower": never_slower, "--locked": locked})
+        wishes = (max_drop or [], budget or [], suite or [], data, calibration or "embedded")
+        quantize_auto(source, target, output, replace, *wishes, as_json)
+        return
+    searching = {"--max-drop": max_drop, "--budget": budget, "--suite": suite, "--data": data}
+    refuse_without_auto({**searching, "--calibration": calibration})
+    if locked and never_slower:
+        raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
+    started = time.perf_counter()
+    job, place, build = _make(recipe, source, target, output, replace, dry_run, never_slower, locked)
+    if build is None:
+        _print_plan(job, place, as_json)
+    else:
+        _print_build(build, time.perf_counter() - started, as_json)
+
+
+def _make(
+    recipe: str,
+    source: str | None,
+    target: str | None,
+    output: Path | None,
+    replace: bool,
+    dry_run: bool,
+    never_slower: bool,
+    locked: Path | None,
+) -> tuple[Job, Path, Build | None]:
+    """The job, where its build goes, and the build, if that is not a dry run."""
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.recipe import load_recipe
     from defaker_opt.runtime.engines import BACKEND as ENGINES
     from defaker_opt.target import load_target
 
-    if locked and never_slower:
-        raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
-    started = time.perf_counter()
     loaded = load_recipe(recipe)
     aim = load_target(target or loaded.target)
 
@@ -76,10 +126,7 @@ def quantize(
         build = None if dry_run else make_build(job, place, report, replace)
         if build is not None and never_slower:
             build = _revert_slow(job, build, report)
-    if build is None:
-        _print_plan(job, place, as_json)
-    else:
-        _print_build(build, time.perf_counter() - started, as_json)
+    return job, place, build
 
 
 def _revert_slow(job: Job, build: Build, report: Progress) -> Build:

@@ -7,8 +7,9 @@ from html import escape
 
 from defaker_opt.report.gallery import Picture
 from defaker_opt.report.markdown import suite_words
-from defaker_opt.report.plots import Plot, draw_plots
+from defaker_opt.report.plots import draw_plots
 from defaker_opt.report.style import STYLE
+from defaker_opt.report.svg import Plot
 from defaker_opt.report.values import DriftReport, Figure, Slice, SuiteReport
 from defaker_opt.report.words import NAMES, count_words, latency_words, limited, needed_words, points
 

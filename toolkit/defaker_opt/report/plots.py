@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
@@ -13,42 +10,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from defaker_opt.report.svg import STYLE, Plot, as_svg, new_axes
 from defaker_opt.report.values import Curves, DriftReport, Figure, Robustness, Slice
 from defaker_opt.report.words import NAMES
 
 REFERENCE, BUILD, LIMIT, QUIET = "#475569", "#ea580c", "#b91c1c", "#cbd5e1"
 _MOST_SLICES = 14
-# matplotlib's stubs want each key by name.
-_STYLE: Any = MappingProxyType(
-    {
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "grid.color": "#e5e7eb",
-        "axes.axisbelow": True,
-        "svg.fonttype": "none",
-    }
-)
-
-
-@dataclass(frozen=True)
-class Plot:
-    """svg: an <svg> element. caption: what is seen, with units."""
-
-    name: str
-    svg: str
-    caption: str
 
 
 def draw_plots(report: DriftReport) -> tuple[Plot, ...]:
     """Every plot that the report has points for, the differences first."""
-    with mpl.rc_context({**_STYLE}):
+    with mpl.rc_context({**STYLE}):
         plots = [_forest(report)]
         if report.slices:
             plots.append(_slices(report.slices))
@@ -62,29 +34,11 @@ def draw_plots(report: DriftReport) -> tuple[Plot, ...]:
         return tuple(plots)
 
 
-def _axes(width: float, height: float) -> tuple[Canvas, Axes]:
-    canvas = Canvas(figsize=(width, height), layout="constrained")
-    return canvas, canvas.add_subplot()
-
-
-def _svg(canvas: Canvas, name: str) -> str:
-    """Only the <svg> element; ids are unlike those of the page's other plots."""
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with mpl.rc_context({"svg.hashsalt": f"defaker-{name}"}):
-        canvas.savefig(file, format="svg", metadata=nothing)
-    text = file.getvalue()
-    svg = text[text.index("<svg") :]
-    for mark in ('id="', 'href="#', "url(#"):
-        svg = svg.replace(mark, f"{mark}{name}-")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
-
-
 def _forest(report: DriftReport) -> Plot:
     """Drops of all metrics of all suites together, their intervals, limits, and the noise floor."""
     figures = [figure for figure in report.pooled.figures if figure.better != "neither"]
     noise = {figure.metric: figure for figure in report.noise.figures} if report.noise else {}
-    canvas, axes = _axes(8.2, 0.9 + 0.31 * len(figures))
+    canvas, axes = new_axes(8.2, 0.9 + 0.31 * len(figures))
     for row, figure in enumerate(figures):
         if figure.metric in noise:
             # Its interval, of far fewer images, would only hide the others.
@@ -103,7 +57,7 @@ def _forest(report: DriftReport) -> Plot:
     caption = f"Drops on {where}, {report.pooled.images:,} images, with 95 % intervals; red marks are limits."
     if report.noise:
         caption += f" Grey: the reference against itself, {report.noise.images:,} images."
-    return Plot("forest", _svg(canvas, "forest"), caption)
+    return Plot("forest", as_svg(canvas, "forest"), caption)
 
 
 def _whisker(axes: Axes, row: float, figure: Figure | Slice, color: str) -> None:
@@ -118,7 +72,7 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, str]], **options: Any) -> N
 
 def _slices(slices: Sequence[Slice]) -> Plot:
     shown = slices[:_MOST_SLICES]
-    canvas, axes = _axes(8.2, 0.9 + 0.31 * len(shown))
+    canvas, axes = new_axes(8.2, 0.9 + 0.31 * len(shown))
     for row, each in enumerate(shown):
         _whisker(axes, row, each, LIMIT if each.worse else BUILD)
         edge = 100 * each.limit
@@ -130,11 +84,11 @@ def _slices(slices: Sequence[Slice]) -> Plot:
     axes.set_title("Slices, the most surely worse first")
     more = f" of {len(slices)}" if len(slices) > len(shown) else ""
     caption = f"{len(shown)}{more} slices, most surely worse first; images in brackets; red marks are limits."
-    return Plot("slices", _svg(canvas, "slices"), caption)
+    return Plot("slices", as_svg(canvas, "slices"), caption)
 
 
 def _reliability(curves: Curves) -> Plot:
-    canvas, axes = _axes(4.1, 3.6)
+    canvas, axes = new_axes(4.1, 3.6)
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1.5)
     for points, color in zip(curves.reliability, (REFERENCE, BUILD)):
         axes.plot([p for p, _, _ in points], [share for _, share, _ in points], "o-", color=color, markersize=4)
@@ -145,11 +99,11 @@ def _reliability(curves: Curves) -> Plot:
     axes.set_title("Reliability")
     _legend(axes, (("reference", REFERENCE), ("build", BUILD)), loc="upper left")
     caption = "Bins of equal numbers of images; on the grey line a probability means what it says."
-    return Plot("reliability", _svg(canvas, "reliability"), caption)
+    return Plot("reliability", as_svg(canvas, "reliability"), caption)
 
 
 def _roc(curves: Curves) -> Plot:
-    canvas, axes = _axes(4.1, 3.6)
+    canvas, axes = new_axes(4.1, 3.6)
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1.5)
     for points, color, width in zip(curves.roc, (REFERENCE, BUILD), (3, 1.5)):
         axes.plot(*np.array(points).T, color=color, linewidth=width)
@@ -158,11 +112,11 @@ def _roc(curves: Curves) -> Plot:
     axes.set_title("ROC")
     _legend(axes, (("reference", REFERENCE), ("build", BUILD)), loc="lower right")
     caption = "Rates over all thresholds; the grey line is guessing."
-    return Plot("roc", _svg(canvas, "roc"), caption)
+    return Plot("roc", as_svg(canvas, "roc"), caption)
 
 
 def _area_bins(curves: Curves) -> Plot:
-    canvas, axes = _axes(4.1, 3.6)
+    canvas, axes = new_axes(4.1, 3.6)
     places = np.arange(len(curves.area_bins))
     for side, color in enumerate((REFERENCE, BUILD)):
         heights = [each.mask_iou[side] for each in curves.area_bins]
@@ -175,7 +129,7 @@ def _area_bins(curves: Curves) -> Plot:
     axes.set_title("Masks by size of the forgery")
     _legend(axes, (("reference", REFERENCE), ("build", BUILD)), loc="upper left")
     caption = "Mean IoU of mask and ground truth over forged images; whiskers: 95 % interval of each mean."
-    return Plot("area", _svg(canvas, "area"), caption)
+    return Plot("area", as_svg(canvas, "area"), caption)
 
 
 def _robustness(rows: Sequence[Robustness]) -> Plot:
@@ -197,4 +151,4 @@ def _robustness(rows: Sequence[Robustness]) -> Plot:
         "Every perturbation alone, on all suites together; none: the images as they are. Levels: JPEG quality, factor "
         "of both sides, blur in px, noise in grey values of 255, factors of brightness, contrast and saturation."
     )
-    return Plot("robustness", _svg(canvas, "robustness"), caption)
+    return Plot("robustness", as_svg(canvas, "robustness"), caption)

@@ -31,7 +31,7 @@ class Outputs:
     """What a batch gave; None for a part that did not run. m = s/4 of the mask image.
 
     verdict_logits [B, 8], token_logits [B, T, K], mask_logits [B, 3, m, m], iou [B, 3], map_logits: of each of the mask
-    encoder's maps, [B, n, n] with n = m/4, m and m/2.
+    encoder's maps, [B, n, n] with n = m/4, m and m/2; seg_embedding [B, C], what the mask decoder was given.
     """
 
     verdict_logits: torch.Tensor | None
@@ -39,6 +39,7 @@ class Outputs:
     mask_logits: torch.Tensor | None
     iou: torch.Tensor | None
     map_logits: tuple[torch.Tensor, ...] = ()
+    seg_embedding: torch.Tensor | None = None
 
 
 class JointModel(nn.Module):
@@ -82,7 +83,7 @@ class JointModel(nn.Module):
             embed, high_res_0, high_res_1 = self.mask_encoder(batch.image)
             masks, iou = self.mask_decoder.candidates(embed, high_res_0, high_res_1, seg)
             maps = tuple(head(each)[:, 0] for head, each in zip(self.map_heads, (embed, high_res_0, high_res_1)))
-        return Outputs(verdict, tokens, masks, iou, maps)
+        return Outputs(verdict, tokens, masks, iou, maps, seg)
 
     def seg_end(self) -> nn.Linear:
         """The last layer of the projection to [SEG]."""
