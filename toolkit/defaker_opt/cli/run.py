@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ def run(
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Make a mask from this fake probability on.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also answer in words (recipe explain).")] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads for each stage; 0 means one for each core.")] = 0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Pictures judged at once, sharing the cores: more an hour, each one slower.")
+    ] = 1,
     self_test: Annotated[bool, typer.Option("--self-test", help="Check the build on this machine instead.")] = False,
 ) -> None:
     """Judge images: real or fake, and where. One bad image does not stop the others; it makes the exit code 2."""
@@ -40,7 +44,12 @@ def run(
 
     if bool(images) == self_test:
         raise DefakerError("run: give either images or --self-test")
-    session = open_session(open_build(build), threads)
+    session = open_session(open_build(build), _threads_each(threads, concurrency))
+    if concurrency > 1 and session.is_short_of_memory():
+        raise DefakerError(
+            f"--concurrency {concurrency}: {build} opens its stages one after another, as it is larger than open_mb of "
+            "its target; leave it out, or make the build for a target with open_mb: 0"
+        )
     if not session.build.manifest.trained:
         print(_UNTRAINED, file=sys.stderr)
     if self_test:
@@ -54,12 +63,27 @@ def run(
         _make_folder(folder)
     _show_any_name()
     failed = 0
-    for path, place in _with_progress(list(zip(images, places))):
-        row = _judge(session, path, place, gate, words)
+    wish = Wish(gate, words, concurrency)
+    for row in _with_progress(_judge_all(session, list(zip(images, places)), wish), len(images)):
         failed += "error" in row
         _print_row(row, as_json)
     if failed:
         raise typer.Exit(EXIT_USER_ERROR)
+
+
+def _threads_each(threads: int, concurrency: int) -> int:
+    """Threads of each stage: those asked for, or a share of the cores; 0 is one for each core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads if threads or concurrency == 1 else max(1, cores // concurrency)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How pictures are judged. gate: see `Session.judge`; words: of an explanation; concurrency: pictures at once."""
+
+    gate: float | None
+    words: int
+    concurrency: int
 
 
 @dataclass(frozen=True)
@@ -88,14 +112,42 @@ def _explanation_words(session: Session) -> int:
     return int(explanation_facts(session.build)["max_tokens"])
 
 
-def _judge(session: Session, path: str, place: Place, gate: float | None, words: int) -> dict[str, Any]:
-    from defaker_opt.runtime.images import load_image
+# A picture with its place, or the row of one that could not be judged.
+Loaded = tuple["Image.Image", str, Place] | dict[str, Any]
+Judged = tuple["Image.Image", "Verdict", str, Place] | dict[str, Any]
 
-    try:
-        image = load_image(path)
-        verdict = session.judge(image, gate, words)
-    except (ImageError, BuildError) as error:
-        return {"image": path, "error": str(error), **_identity(session)}
+
+def _judge_all(session: Session, images: list[tuple[str, Place]], wish: Wish) -> Iterator[dict[str, Any]]:
+    """A row for each image, in their order: the next are decoded, and the last are written, while some are judged."""
+    from defaker_opt.runtime.images import load_image
+    from defaker_opt.runtime.in_order import in_order
+
+    def load(item: tuple[str, Place]) -> Loaded:
+        path, place = item
+        try:
+            return load_image(path), path, place
+        except ImageError as error:
+            return {"image": path, "error": str(error), **_identity(session)}
+
+    def judge(loaded: Loaded) -> Judged:
+        if isinstance(loaded, dict):
+            return loaded
+        image, path, place = loaded
+        try:
+            return image, session.judge(image, wish.gate, wish.words), path, place
+        except BuildError as error:
+            return {"image": path, "error": str(error), **_identity(session)}
+
+    def write(judged: Judged) -> dict[str, Any]:
+        return judged if isinstance(judged, dict) else _write(session, *judged)
+
+    ahead = wish.concurrency + 1
+    loaded = in_order(load, images, 1, ahead)
+    yield from in_order(write, in_order(judge, loaded, wish.concurrency, ahead), 1, 2)
+
+
+def _write(session: Session, image: Image.Image, verdict: Verdict, path: str, place: Place) -> dict[str, Any]:
+    """Write what was asked for; the row."""
     mask = _write_mask(verdict, place.mask)
     if place.overlay:
         from defaker_opt.runtime.overlay import draw_overlay
@@ -215,13 +267,13 @@ def _make_folder(folder: Path | None) -> None:
             raise write_failure(folder, error) from error
 
 
-def _with_progress(items: list[tuple[str, Place]]) -> Iterator[tuple[str, Place]]:
-    """Go through the images, with a bar if there are several and somebody is looking."""
+def _with_progress(rows: Iterator[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+    """The rows as they come, with a bar if there are several and somebody is looking."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    if len(items) > 1 and console.is_terminal:
-        yield from track(items, description="judge", console=console, transient=True)
+    if count > 1 and console.is_terminal:
+        yield from track(rows, description="judge", total=count, console=console, transient=True)
     else:
-        yield from items
+        yield from rows

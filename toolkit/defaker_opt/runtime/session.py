@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ class Session:
     # The record of engines that are still to be proven; none to run what `backend_of` says.
     engines: str = ""
     _open: dict[str, OpenStage] = field(default_factory=dict)
+    # Pictures may be judged at once; each stage is opened by the first that needs it.
+    _opening: threading.Lock = field(default_factory=threading.Lock)
     _prompts: dict[str, Array] = field(default_factory=dict)
 
     def judge(self, image: Image.Image, gate: float | None = None, explain_words: int = 0) -> Verdict:
@@ -124,12 +127,13 @@ class Session:
 
     def open_stage(self, stage: str) -> OpenStage:
         """The stage, opened once."""
-        if stage not in self._open:
-            self._make_room_for(stage)
-            backend = find_backend(self.backend())
-            file = self.build.folder / f"{stage}.onnx"
-            self._open[stage] = backend.open_stage(file, self.spec(stage), self.options())
-        return self._open[stage]
+        with self._opening:
+            if stage not in self._open:
+                self._make_room_for(stage)
+                backend = find_backend(self.backend())
+                file = self.build.folder / f"{stage}.onnx"
+                self._open[stage] = backend.open_stage(file, self.spec(stage), self.options())
+            return self._open[stage]
 
     def options(self) -> dict[str, Any]:
         """What the backend is told of how to run stages."""
@@ -145,11 +149,12 @@ class Session:
 
     def _make_room_for(self, stage: str) -> None:
         """Where not all stages may be open at once, close those of other phases."""
-        if self._is_short_of_memory():
+        if self.is_short_of_memory():
             for other in [other for other in self._open if PHASES[other] != PHASES[stage]]:
                 del self._open[other]
 
-    def _is_short_of_memory(self) -> bool:
+    def is_short_of_memory(self) -> bool:
+        """Whether stages of one phase alone may be open at once."""
         limit_mb = self.build.manifest.data["target"]["session"].get("open_mb", 0)
         # A build in the making knows the size of finished stages only.
         size = sum(entry.get("bytes", 0) for entry in self.build.manifest.data["stages"].values())
@@ -252,7 +257,7 @@ class Session:
     def _encodes_ahead(self, gate: float) -> bool:
         """Whether the mask encoder may begin before the verdict is known."""
         cores = os.cpu_count() or 1
-        allowed = self.build.manifest.saves("concurrent_mask_encoder") and not self._is_short_of_memory()
+        allowed = self.build.manifest.saves("concurrent_mask_encoder") and not self.is_short_of_memory()
         return gate <= 0 and cores >= _CORES_FOR_TWO and allowed
 
     def _encode_whole(self, image: Image.Image, clock: Clock) -> tuple[dict[str, NDArray[Any]], Clock]:

@@ -1,0 +1,110 @@
+"""Many pictures: in their order whatever takes how long, bad ones among them, and the same results at once as alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from defaker_opt.runtime.in_order import in_order
+from defaker_opt.sample import sample_image
+from tests.conftest import defaker_opt
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(1, 1), (1, 4), (3, 4), (8, 2)])
+def test_results_come_in_order_and_few_are_begun(workers: int, ahead: int) -> None:
+    lock, begun, taken, most = threading.Lock(), [0], [0], [0]
+
+    def work(item: int) -> int:
+        with lock:
+            begun[0] += 1
+            most[0] = max(most[0], begun[0] - taken[0])
+        time.sleep(0.004 if item % 3 == 0 else 0.0)
+        return item * item
+
+    results = []
+    for result in in_order(work, range(40), workers, ahead):
+        results.append(result)
+        with lock:
+            taken[0] += 1
+    assert results == [item * item for item in range(40)]
+    assert most[0] <= ahead + 1
+
+
+def test_an_error_is_raised_in_its_turn_and_ends_the_work() -> None:
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    results = []
+    with pytest.raises(ValueError, match="three"):
+        for result in in_order(work, range(1000), 1, 2):
+            results.append(result)
+    assert results == [0, 1, 2]
+    assert len(begun) < 8
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Photographs of several sizes, and among them one that is cut off and one that is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(6):
+        Image.fromarray(sample_image(index)[: 300 - 20 * index]).save(folder / f"{index}.png")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:5000])
+    (folder / "4.png").write_text("no picture")
+    return sorted(folder.iterdir())
+
+
+def rows_of(build: Path, pictures: list[Path], folder: Path, *options: str) -> list[dict[str, object]]:
+    done = defaker_opt("run", build, *pictures, "--json", "--gate", "0", "--mask-dir", folder, *options)
+    assert done.returncode == 2, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_pictures_at_once_get_the_verdicts_they_get_alone(
+    float_build: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    alone = rows_of(float_build, pictures, tmp_path / "alone", "--threads", "1")
+    at_once = rows_of(float_build, pictures, tmp_path / "at-once", "--threads", "1", "--concurrency", "3")
+    assert [row["image"] for row in at_once] == [str(path) for path in pictures]
+    assert [Path(str(row["image"])).name for row in at_once if "error" in row] == ["2.png", "4.png"]
+    for one, other in zip(alone, at_once):
+        assert one.get("fake_probability") == other.get("fake_probability")
+        if "mask" in one:
+            masks = [np.asarray(Image.open(str(row["mask"]))) for row in (one, other)]
+            np.testing.assert_array_equal(*masks)
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run(float_build: Path, pictures: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "0_mask.png").mkdir()
+    done = defaker_opt("run", float_build, *pictures, "--gate", "0", "--mask-dir", tmp_path / "masks")
+    assert done.returncode == 2
+    assert "0_mask.png" in done.stderr
+
+
+def test_a_build_that_opens_stages_in_turn_judges_one_picture_at_a_time(
+    float_build: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    """The build's own manifest says how many bytes may be open; a target with few makes such a build."""
+    import yaml
+
+    from defaker_opt.catalog import find_yaml
+
+    target = yaml.safe_load(find_yaml("profiling/targets", "cpu", "target").read_text())
+    target["session"] = {**target["session"], "open_mb": 1}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(target))
+    made = defaker_opt("quantize", "--recipe", "float32", "--target", tmp_path / "small.yaml", "-o", tmp_path / "build")
+    assert made.returncode == 0, made.stderr
+    done = defaker_opt("run", tmp_path / "build", pictures[0], "--concurrency", "2")
+    assert done.returncode == 2
+    assert "--concurrency 2" in done.stderr and "open_mb: 0" in " ".join(done.stderr.split())
