@@ -24,11 +24,12 @@ from rich.table import Table
 
 from defaker_opt.machine import read_machine
 from defaker_opt.profiles.compare import compare_samples, diff_results
-from defaker_opt.profiles.measure import judge_in_turns, record_calls
+from defaker_opt.profiles.measure import judge_in_turns
 from defaker_opt.profiles.operators import measure_operators
 from defaker_opt.profiles.profile import summarize
 from defaker_opt.runtime import Session, open_build, open_session
 from defaker_opt.runtime.clock import Clock
+from defaker_opt.runtime.recording import record_calls
 from defaker_opt.sample import sample_image
 
 SLOW = "vision_encoder"

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from defaker_opt.compiling import Built, EngineJob
-from defaker_opt.compiling.check import RecordingSession, judge_picture
+from defaker_opt.compiling.check import judge_picture
 from defaker_opt.compiling.child import build_engine
 from defaker_opt.compiling.compile import AS_BUILT, Hands, Settings, compile_build
 from defaker_opt.compiling.gate import CAPABILITIES, capabilities_of, check_graphs
@@ -32,6 +32,7 @@ from defaker_opt.runtime.backends import OpenStage, onnx_runtime
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.cuda import Gpu
 from defaker_opt.runtime.engines import RECORD, backend_of, engines_folder
+from defaker_opt.runtime.recording import RecordingSession
 from defaker_opt.runtime.spec import STAGES, StageSpec
 from defaker_opt.sample import sample_image
 from defaker_opt.target import GraphLimits, load_target

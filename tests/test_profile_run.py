@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from defaker_opt.profiles.measure import Sample, judge_in_turns, record_calls
+from defaker_opt.profiles.measure import Sample, judge_in_turns
 from defaker_opt.profiles.operators import category_of, measure_operators, module_of, summarize_operators
 from defaker_opt.profiles.profile import summarize
 from defaker_opt.runtime import open_build, open_session
 from defaker_opt.runtime.backends import Operator, Trace
 from defaker_opt.runtime.clock import Clock
+from defaker_opt.runtime.recording import record_calls
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.sample import sample_image
 from tests.conftest import defaker_opt

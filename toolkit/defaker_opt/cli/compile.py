@@ -107,11 +107,11 @@ def _compile(build: Build, workspace_mb: int, never_slower: bool, as_json: bool)
 
 def _hands() -> Hands:
     """TensorRT and the GPU of this machine. Raises BuildError if either is missing."""
-    from defaker_opt.compiling.check import RecordingSession
     from defaker_opt.compiling.child import build_engine
     from defaker_opt.compiling.compile import Hands
     from defaker_opt.runtime.backends.tensor_rt import Engine, library
     from defaker_opt.runtime.cuda import read_gpu
+    from defaker_opt.runtime.recording import RecordingSession
 
     trt = library()
     return Hands(

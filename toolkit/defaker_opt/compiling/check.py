@@ -4,46 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from defaker_opt.runtime.backends import OpenStage, Tensors
+from defaker_opt.runtime.backends import OpenStage
 from defaker_opt.runtime.build import SELF_TEST, Build
-from defaker_opt.runtime.clock import Clock
+from defaker_opt.runtime.recording import Call, RecordingSession
 from defaker_opt.runtime.self_test import relative_difference
-from defaker_opt.runtime.session import Session, Verdict
+from defaker_opt.runtime.session import Verdict
 
 # Engines multiply float32 with 10 bits of fraction (TF32) and may add up in float16.
 _ENGINE_TOLERANCE = 0.02
 _ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a stage on the picture, with what came out."""
-
-    stage: str
-    tensors: Tensors
-    outputs: tuple[str, ...]
-    results: Mapping[str, NDArray[Any]]
-
-
-@dataclass
-class RecordingSession(Session):
-    """Keeps every call of every stage."""
-
-    calls: list[Call] = field(default_factory=list)
-
-    def run(self, stage: str, tensors: Tensors, clock: Clock, outputs: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
-        """See `Session`."""
-        results = super().run(stage, tensors, clock, outputs)
-        self.calls.append(Call(stage, dict(tensors), tuple(results), results))
-        return results
 
 
 def judge_picture(session: RecordingSession) -> Verdict:

@@ -12,8 +12,6 @@ from typing import Any
 
 from defaker_opt.compiling import Built, EngineJob
 from defaker_opt.compiling.check import (
-    Call,
-    RecordingSession,
     compare_verdicts,
     judge_picture,
     milliseconds,
@@ -29,6 +27,7 @@ from defaker_opt.runtime.backends import OpenStage
 from defaker_opt.runtime.build import Build, file_sha256
 from defaker_opt.runtime.cuda import Gpu
 from defaker_opt.runtime.engines import RECORD, engines_folder
+from defaker_opt.runtime.recording import Call, RecordingSession
 from defaker_opt.runtime.self_test import SelfTest, run_self_test
 from defaker_opt.runtime.session import open_session
 from defaker_opt.runtime.spec import StageSpec

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from defaker_opt.runtime import Build, Session
-from defaker_opt.runtime.clock import Clock, Span
+from defaker_opt.runtime.clock import Span
 
 # Told what is being done and how much of it is behind us, 0…1.
 Progress = Callable[[str, float], None]
@@ -37,37 +35,6 @@ class Throughput:
     threads: int
     images: int
     images_per_second: float
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a stage: its input arrays and the outputs that were asked for."""
-
-    stage: str
-    tensors: Mapping[str, NDArray[Any]]
-    outputs: tuple[str, ...]
-
-
-@dataclass
-class RecordingSession(Session):
-    """A session that notes what each stage is called with; for counting work, never while time is taken."""
-
-    calls: list[Call] = field(default_factory=list)
-
-    def run(
-        self, stage: str, tensors: Mapping[str, NDArray[Any]], clock: Clock, outputs: tuple[str, ...] = ()
-    ) -> dict[str, NDArray[Any]]:
-        """See `Session`."""
-        wanted = outputs or tuple(tensor.name for tensor in self.spec(stage).outputs)
-        self.calls.append(Call(stage, dict(tensors), wanted))
-        return super().run(stage, tensors, clock, outputs)
-
-
-def record_calls(build: Build, image: Image.Image, gate: float, threads: int = 0) -> tuple[Call, ...]:
-    """The calls of stages that judging a picture takes, in their order."""
-    session = RecordingSession(build, threads)
-    session.judge(image, gate)
-    return tuple(session.calls)
 
 
 def judge_in_turns(

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from defaker_opt.profiles.measure import Call
 from defaker_opt.runtime import Session
 from defaker_opt.runtime.backends import Trace, find_backend
 from defaker_opt.runtime.engines import backend_of
+from defaker_opt.runtime.recording import Call
 
 # What a graph's writer appends to the name of a weight, for the nodes that its encoding takes.
 _QUANTIZE_SUFFIXES = (

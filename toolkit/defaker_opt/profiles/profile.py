@@ -22,17 +22,16 @@ from defaker_opt.profiles.compare import Comparison, compare_samples, stage_name
 from defaker_opt.profiles.energy import Energy, find_meter, measure_energy, read_temperature, wait_for_steady_heat
 from defaker_opt.profiles.fresh import Fresh, measure_fresh
 from defaker_opt.profiles.measure import (
-    Call,
     Progress,
     Sample,
     Throughput,
     judge_in_turns,
     measure_throughput,
-    record_calls,
 )
 from defaker_opt.profiles.operators import StageOperators, measure_operators
 from defaker_opt.profiles.ratios import Quantiles, quantiles
 from defaker_opt.runtime import Build, open_session
+from defaker_opt.runtime.recording import Call, record_calls
 
 FORMAT = 1
 _HEAT_SECONDS = 120.0
