@@ -1,0 +1,35 @@
+"""GPTQ's packed tensors, bit by bit and number by number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pack_plain(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Words [n * bits / 32, columns] of codes [n, columns]: the bits of a column in a row, cut every 32."""
+    columns = []
+    for column in codes.T:
+        stream = [int(code) >> bit & 1 for code in column for bit in range(bits)]
+        words = [stream[start : start + 32] for start in range(0, len(stream), 32)]
+        columns.append([sum(bit << place for place, bit in enumerate(word)) for word in words])
+    return np.array(columns, np.uint64).T.astype(np.uint32).view(np.int32)
+
+
+def dequantize_plain(
+    qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray, bits: int, offset: int
+) -> np.ndarray:
+    """The float32 weight [out, in]; `offset` is added to zero points as they are stored."""
+    columns, rows = len(g_idx), scales.shape[1]
+    weight = np.zeros((rows, columns), np.float32)
+    for row in range(rows):
+        for column in range(columns):
+            group = int(g_idx[column])
+            code = _number(qweight[:, row], column, bits)
+            zero = _number(qzeros[group], row, bits) + offset
+            weight[row, column] = np.float32(code - zero) * np.float32(scales[group, row])
+    return weight
+
+
+def _number(words: np.ndarray, index: int, bits: int) -> int:
+    whole = sum((int(word) & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(words))
+    return whole >> (index * bits) & (2**bits - 1)
