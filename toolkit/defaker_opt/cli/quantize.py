@@ -38,6 +38,10 @@ def quantize(
         bool,
         typer.Option("--never-slower", help="Time quantized stages here, and keep in float what is not faster."),
     ] = False,
+    gptq: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write the language part as a GPTQ checkpoint too, from the same codes."),
+    ] = None,
     locked: Annotated[
         Path | None,
         typer.Option(metavar="BUILD", help="Refuse unless recipe, source, pictures and tools are those of this build."),
@@ -52,6 +56,8 @@ def quantize(
 
     if locked and never_slower:
         raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
+    if gptq and never_slower:
+        raise DefakerError("--gptq, --never-slower: the second may leave no codes to write; give one of them")
     started = time.perf_counter()
     loaded = load_recipe(recipe)
     aim = load_target(target or loaded.target)
@@ -65,21 +71,23 @@ def quantize(
         report("load torch", 0.0)
         from defaker_opt.detector import write_source
         from defaker_opt.locked import check_locked
-        from defaker_opt.pipeline import make_build, plan_job
+        from defaker_opt.pipeline import check_gptq, make_build, plan_job
 
         if not dry_run:
             write_source(source or loaded.source, lambda part, total: report("draw weights", part / total))
         job = plan_job(loaded, aim, source or loaded.source, report)
         if locked:
             check_locked(job, locked)
+        if gptq:
+            check_gptq(job, gptq)
         place = output or Path("exported") / f"{job.detector.config.name}-{loaded.name}"
-        build = None if dry_run else make_build(job, place, report, replace)
+        build = None if dry_run else make_build(job, place, report, replace, gptq)
         if build is not None and never_slower:
             build = _revert_slow(job, build, report)
     if build is None:
         _print_plan(job, place, as_json)
     else:
-        _print_build(build, time.perf_counter() - started, as_json)
+        _print_build(build, time.perf_counter() - started, gptq, as_json)
 
 
 def _revert_slow(job: Job, build: Build, report: Progress) -> Build:
@@ -123,7 +131,8 @@ def _print_plan(job: Job, place: Path, as_json: bool) -> None:
         print(_UNTRAINED)
 
 
-def _print_build(build: Build, seconds: float, as_json: bool) -> None:
+def _print_build(build: Build, seconds: float, gptq: Path | None, as_json: bool) -> None:
+    from defaker_opt.gptq_folder import gptq_facts
     from defaker_opt.pipeline import build_bytes
     from defaker_opt.preview import peak_memory_bytes
 
@@ -140,6 +149,7 @@ def _print_build(build: Build, seconds: float, as_json: bool) -> None:
             "reverted": build.manifest.data["recipe"].get("reverted", {}),
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(),
+            **({"gptq": gptq_facts(gptq)} if gptq else {}),
         }
         print(json.dumps(summary if build.manifest.trained else {**summary, "untrained": True}))
         return
@@ -157,4 +167,13 @@ def _print_build(build: Build, seconds: float, as_json: bool) -> None:
         console.print(f"{stage} stays in float: {reason}", highlight=False)
     if not build.manifest.trained:
         print(_UNTRAINED)
+    if gptq:
+        facts = gptq_facts(gptq)
+        console.print(
+            f"{gptq}: {facts['bytes'] / 1e6:.1f} MB, the language part with {facts['bits']} bits in groups of "
+            f"{facts['group_size']}, format {facts['checkpoint_format']}; float16 scales change its weights by "
+            f"{facts['largest_float16_difference']:.1e} at most",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"next: defaker-opt run {build.folder} PHOTO --overlay-dir .", highlight=False, soft_wrap=True)
