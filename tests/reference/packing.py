@@ -20,16 +20,20 @@ def dequantize_plain(
 ) -> np.ndarray:
     """The float32 weight [out, in]; `offset` is added to zero points as they are stored."""
     columns, rows = len(g_idx), scales.shape[1]
+    zeros = [_numbers(qzeros[group], bits) for group in range(len(qzeros))]
     weight = np.zeros((rows, columns), np.float32)
     for row in range(rows):
+        codes = _numbers(qweight[:, row], bits)
         for column in range(columns):
             group = int(g_idx[column])
-            code = _number(qweight[:, row], column, bits)
-            zero = _number(qzeros[group], row, bits) + offset
-            weight[row, column] = np.float32(code - zero) * np.float32(scales[group, row])
+            zero = zeros[group][row] + offset
+            weight[row, column] = np.float32(codes[column] - zero) * np.float32(scales[group, row])
     return weight
 
 
-def _number(words: np.ndarray, index: int, bits: int) -> int:
-    whole = sum((int(word) & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(words))
-    return whole >> (index * bits) & (2**bits - 1)
+def _numbers(words: np.ndarray, bits: int) -> list[int]:
+    stream = [int(word) >> bit & 1 for word in np.ascontiguousarray(words).view(np.uint32) for bit in range(32)]
+    return [
+        sum(bit << place for place, bit in enumerate(stream[start : start + bits]))
+        for start in range(0, len(stream), bits)
+    ]

@@ -31,7 +31,7 @@ def model_config(language: LanguageConfig, tokenizer: Path) -> dict[str, Any]:
     ends = [token for name in END_TOKENS if vocabulary and (token := vocabulary.find(name)) is not None]
     positions = language.max_positions
     scaling: dict[str, Any] = {}
-    if language.rope_factors:
+    if language.rope_factors or language.rope_scale != 1.0:
         scaling = {"rope_scaling": _long_rope(language), "original_max_position_embeddings": positions}
         # The scale of both waves is computed from how much longer than the original context the longest one is
         # (Ding et al. 2024, section 3.3); this is the length that gives ours.
@@ -54,12 +54,12 @@ def model_config(language: LanguageConfig, tokenizer: Path) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": ends or None,
-        "pad_token_id": None,
+        "pad_token_id": ends[0] if ends else None,
         "torch_dtype": "float16",
     }
 
 
 def _long_rope(language: LanguageConfig) -> dict[str, Any]:
     """A detector keeps the short factors alone, so longer texts than the original context get them too."""
-    factors = list(language.rope_factors)
+    factors = list(language.rope_factors) or [1.0] * (language.head_dim // 2)
     return {"type": "longrope", "short_factor": factors, "long_factor": factors}
