@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from defaker_opt.pipeline import Job
     from defaker_opt.progress import Progress
     from defaker_opt.runtime.build import Build
+    from defaker_opt.target import Target
 
 
 _UNTRAINED = "untrained: the source's weights are drawn at random, so no verdict means anything"
@@ -51,22 +52,13 @@ def quantize(
     """Make a compact build of a detector; a rerun goes on from the stages that are finished."""
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.recipe import load_recipe
-    from defaker_opt.runtime.engines import BACKEND as ENGINES
     from defaker_opt.target import load_target
 
-    if locked and never_slower:
-        raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
-    if gptq and never_slower:
-        raise DefakerError("--gptq, --never-slower: the second may leave no codes to write; give one of them")
     started = time.perf_counter()
     loaded = load_recipe(recipe)
     aim = load_target(target or loaded.target)
-
-    if never_slower and aim.backend == ENGINES:
-        raise DefakerError(
-            f"--never-slower: target {aim.name} runs engines, which are timed where they are made: "
-            "defaker-opt compile BUILD --never-slower"
-        )
+    if never_slower:
+        _check_alone(aim, locked, gptq)
     with progress_bar() as report:
         report("load torch", 0.0)
         from defaker_opt.detector import write_source
@@ -88,6 +80,21 @@ def quantize(
         _print_plan(job, place, as_json)
     else:
         _print_build(build, time.perf_counter() - started, gptq, as_json)
+
+
+def _check_alone(aim: Target, locked: Path | None, gptq: Path | None) -> None:
+    """Raise DefakerError for what does not go with --never-slower."""
+    from defaker_opt.runtime.engines import BACKEND as ENGINES
+
+    if locked:
+        raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
+    if gptq:
+        raise DefakerError("--gptq, --never-slower: the second may leave no codes to write; give one of them")
+    if aim.backend == ENGINES:
+        raise DefakerError(
+            f"--never-slower: target {aim.name} runs engines, which are timed where they are made: "
+            "defaker-opt compile BUILD --never-slower"
+        )
 
 
 def _revert_slow(job: Job, build: Build, report: Progress) -> Build:
