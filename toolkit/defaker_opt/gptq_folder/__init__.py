@@ -58,8 +58,9 @@ def gptq_facts(folder: Path) -> dict[str, Any]:
 def _settings(folder: Path) -> dict[str, Any]:
     """The settings of a folder that we wrote; empty for any other."""
     found = (read_json_object(folder / "config.json") or {}).get(gptq.SETTINGS)
-    ours = isinstance(found, dict) and isinstance(found.get("meta"), dict)
-    return found if ours else {}
+    if isinstance(found, dict) and isinstance(found.get("meta"), dict):
+        return found
+    return {}
 
 
 def write_gptq(detector: Detector, layout: Layout, folder: Path, tokenizer: Path, key: str, progress: Progress) -> None:
