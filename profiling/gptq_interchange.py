@@ -67,7 +67,7 @@ np.savez(sys.argv[3], **said)
 
 def peer_python() -> Path:
     """The interpreter of an environment with GPTQModel, which is made on first use."""
-    folder = default_cache_folder() / "peers" / "gptqmodel"
+    folder = default_cache_folder().absolute() / "peers" / "gptqmodel"
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True)
@@ -80,7 +80,8 @@ def ask_peer(script: str, *arguments: object) -> None:
     """Run a script in GPTQModel's environment; what it prints goes to our standard error."""
     settings = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "TORCHDYNAMO_DISABLE": "1"}
     command = [str(peer_python()), "-c", script, *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, **settings})  # noqa: S603 - our own
+    with tempfile.TemporaryDirectory() as away:  # it writes logs where it is run
+        subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, **settings}, cwd=away)  # noqa: S603 - our own
 
 
 def detectors() -> Iterator[tuple[str, Detector]]:
