@@ -14,25 +14,15 @@ from typing import Any
 import torch
 
 from defaker_opt.catalog import find_module, module_names
-from defaker_opt.checkpoint import NO_EXTRAS, Extras, Tensors, lora, tensors_of
+from defaker_opt.checkpoint import NO_EXTRAS, Extras, Tensors, gptq, lora, tensors_of
 from defaker_opt.checkpoint.segmenter import ORIGINAL, open_segmenter
 from defaker_opt.detector import stored_shapes
 from defaker_opt.errors import SourceError, one_of, write_failure
 from defaker_opt.files import read_json_object, write_json
 from defaker_opt.shards import DTYPES, SHARD_BYTES, BytesDone, Entry, write_shards
 from defaker_opt.sources import Checkpoint, Plan, Source
+from defaker_opt.sources._vocabulary import TOKENIZER_FILES
 from defaker_opt.weights import DrawnWeights, open_weights
-
-# The tokenizer's files, which a detector folder keeps.
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 # Facts a released folder does not state may be given in a JSON file beside its config.json, with this ending.
 _FACTS = "_meta.json"
@@ -75,7 +65,7 @@ def convert(
         _prepare(partial, _job(checkpoint, extras, plan))
         written = _write_weights(plan, weights, partial, progress)
         (partial / "config.json").write_text(plan.config.as_json(), encoding="utf-8")
-        for name in CARRIED:
+        for name in TOKENIZER_FILES:
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, partial / name)
         (partial / _JOB).unlink()
@@ -94,7 +84,8 @@ def open_tensors(checkpoint: Path, extras: Extras = NO_EXTRAS) -> Tensors:
     if not checkpoint.is_dir():
         raise SourceError(f"{checkpoint}: no such folder; give the folder that holds config.json and safetensors")
     config = _read_config(checkpoint)
-    tensors = lora.unwrap(checkpoint, tensors_of(open_weights(checkpoint)), config, _read_facts(checkpoint))
+    stored = gptq.unpacked(checkpoint, tensors_of(open_weights(checkpoint)), config)
+    tensors = lora.unwrap(checkpoint, stored, config, _read_facts(checkpoint))
     if extras.segmenter is not None:
         if any(name.startswith(ORIGINAL) for name in tensors.places):
             raise SourceError(f"{checkpoint}: has a segmenter of its own; convert it without --segmenter")

@@ -18,9 +18,18 @@ from typing import Any
 from defaker_opt import __version__
 from defaker_opt.build_facts import input_facts, prompt_facts, write_arrays, write_explanation, write_prompts
 from defaker_opt.catalog import PACKAGE
-from defaker_opt.detector import Detector, load_detector, parameter_shapes, source_digest, source_folder
+from defaker_opt.detector import (
+    Detector,
+    linear_weights,
+    load_detector,
+    parameter_shapes,
+    source_digest,
+    source_folder,
+)
 from defaker_opt.errors import BuildError, PassError, SourceError, write_failure
 from defaker_opt.files import default_cache_folder, held, read_json_object, write_json
+from defaker_opt.gptq_folder import is_written, write_gptq
+from defaker_opt.gptq_folder.layout import Layout, find_layout
 from defaker_opt.progress import Progress, part_of
 from defaker_opt.recipe import Recipe, pass_name
 from defaker_opt.runtime.build import (
@@ -128,21 +137,30 @@ def tool_versions() -> dict[str, str]:
     return {"defaker-opt": f"{__version__}+{code[:12]}", "python": platform.python_version(), **versions}
 
 
-def make_build(job: Job, output: Path, progress: Progress, replace: bool = False) -> Build:
+def make_build(job: Job, output: Path, progress: Progress, replace: bool = False, gptq: Path | None = None) -> Build:
     """Make the build of a job, or return the one that is there if it is of the same job.
+
+    gptq: where to write the language part as a GPTQ checkpoint too, from the same codes; see `check_gptq`.
 
     Works in a hidden folder beside `output`, where a later call for the same job finds the finished stages; the folder
     gets its name only when it is complete. Raises BuildError if something else is at `output` and `replace` is not set.
     """
     existing = _existing_build(job, output, replace)
-    if existing:
+    wanted = gptq if gptq and not is_written(gptq, job.key) else None
+    if existing and not wanted:
         return existing
     work = output.with_name(f".{output.name}.partial")
     busy = BuildError(f"{work}: another process is making this build; wait, or choose another --output")
     try:
         with held(work, busy):
             _prepare(work, job)
-            data = _fill(job, work, progress)
+            detector, notes = _apply_passes(job, work, progress)
+            if wanted:
+                write_gptq(detector, check_gptq(job, wanted), wanted, source_folder(job.source), job.key, progress)
+            if existing:
+                shutil.rmtree(work, ignore_errors=True)
+                return existing
+            data = _fill(job, work, detector, notes, progress)
             write_json(work / _CONTENT / MANIFEST, {**data, SEAL: seal(data)})
             progress("verify", 0.98)
             build = open_build(work / _CONTENT)
@@ -151,6 +169,18 @@ def make_build(job: Job, output: Path, progress: Progress, replace: bool = False
         raise write_failure(work, error) from error
     progress("done", 1.0)
     return dataclasses.replace(build, folder=output)
+
+
+def check_gptq(job: Job, folder: Path) -> Layout:
+    """How the language part of a job will lie in a GPTQ checkpoint. Raises DefakerError if it or the folder cannot."""
+    schemes: dict[str, str] = {}
+    factored: set[str] = set()
+    for each in job.recipe.passes:
+        preview = each.check(job.detector.config, job.target)
+        schemes.update(preview.schemes)
+        factored.update(preview.factored)
+    is_written(folder, job.key)
+    return find_layout(linear_weights(job.detector.config, "language"), schemes, factored)
 
 
 def _existing_build(job: Job, output: Path, replace: bool) -> Build | None:
@@ -185,15 +215,20 @@ def _prepare(work: Path, job: Job) -> None:
     write_json(work / _PLAN, {"key": job.key})
 
 
-def _fill(job: Job, work: Path, progress: Progress) -> dict[str, Any]:
-    """Write everything but the manifest; the manifest's content."""
-    content = work / _CONTENT
+def _apply_passes(job: Job, work: Path, progress: Progress) -> tuple[Detector, list[dict[str, Any]]]:
+    """The detector as the recipe makes it, and what each pass did."""
     detector = dataclasses.replace(job.detector, codes=SpooledCodes(work / _CODES), savings=job.recipe.savings)
     passes = []
     size = _PASSES_SHARE / max(1, len(job.recipe.passes))
     for index, each in enumerate(job.recipe.passes):
         share = part_of(progress, index * size, size)
         passes.append({pass_name(each): dict(each.apply(detector, share, job.samples).notes)})
+    return detector, passes
+
+
+def _fill(job: Job, work: Path, detector: Detector, passes: list[dict[str, Any]], progress: Progress) -> dict[str, Any]:
+    """Write everything but the manifest; the manifest's content."""
+    content = work / _CONTENT
     write_prompts(detector, content)
     data: dict[str, Any] = {
         "format": FORMAT,

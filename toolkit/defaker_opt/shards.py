@@ -23,6 +23,8 @@ BLOCK_BYTES = 1 << 25
 # The types that weights come in, by safetensors' names for them.
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
+_NAMES = {**DTYPES, torch.int32: "I32"}
+
 # Gives a tensor's values in order, cut into any blocks along its first axis.
 Blocks = Callable[[str], Iterator[torch.Tensor]]
 BytesDone = Callable[[int, int], None]
@@ -103,7 +105,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
     offset = 0
     for entry in entries:
         place = [offset, offset + entry.bytes]
-        header[entry.name] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": place}
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": place}
         offset += entry.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,14 +63,14 @@ def quantize_auto(
         raise typer.Exit(EXIT_LIMIT_BROKEN)
 
 
-def refuse_without_auto(options: dict[str, object]) -> None:
+def refuse_without_auto(options: Mapping[str, object]) -> None:
     """Raise DefakerError for an option that only a search takes."""
     for option, value in options.items():
         if value:
             raise DefakerError(f"{option}: only a search takes it; give --recipe auto, or leave it out")
 
 
-def refuse_with_auto(options: dict[str, object]) -> None:
+def refuse_with_auto(options: Mapping[str, object]) -> None:
     """Raise DefakerError for an option that a search does not take."""
     for option, value in options.items():
         if value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from defaker_opt.pipeline import Job
     from defaker_opt.progress import Progress
     from defaker_opt.runtime.build import Build
+    from defaker_opt.target import Target
 
 
 _UNTRAINED = "untrained: the source's weights are drawn at random, so no verdict means anything"
@@ -38,6 +40,10 @@ Locked_ = Annotated[
     Path | None,
     typer.Option(metavar="BUILD", help="Refuse unless recipe, source, pictures and tools are those of this build."),
 ]
+Gptq_ = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Write the language part as a GPTQ checkpoint too, from the same codes."),
+]
 MaxDrop_ = Annotated[
     list[str] | None,
     typer.Option(metavar="METRIC=DROP", help="auto: what may be lost, such as verdict_accuracy=0.005."),
@@ -51,6 +57,21 @@ Calibration_ = Annotated[str, typer.Option(help="auto: pictures to look at, embe
 Json_ = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The options that decide about a build of a given recipe."""
+
+    recipe: str
+    source: str | None
+    target: str | None
+    output: Path | None
+    replace: bool
+    dry_run: bool
+    never_slower: bool
+    gptq: Path | None
+    locked: Path | None
+
+
 def quantize(
     recipe: Recipe_,
     source: Source_ = None,
@@ -59,6 +80,7 @@ def quantize(
     replace: Replace_ = False,
     dry_run: DryRun_ = False,
     never_slower: NeverSlower_ = False,
+    gptq: Gptq_ = None,
     locked: Locked_ = None,
     max_drop: MaxDrop_ = None,
     budget: Budget_ = None,
@@ -71,62 +93,64 @@ def quantize(
     from defaker_opt.cli.auto import quantize_auto, refuse_with_auto, refuse_without_auto
 
     if recipe == "auto":
-        refuse_with_auto({"--dry-run": dry_run, "--never-slower": never_slower, "--locked": locked})
+        unfit = {"--dry-run": dry_run, "--never-slower": never_slower, "--gptq": gptq, "--locked": locked}
+        refuse_with_auto(unfit)
         wishes = (max_drop or [], budget or [], suite or [], data, calibration or "embedded")
         quantize_auto(source, target, output, replace, *wishes, as_json)
         return
     searching = {"--max-drop": max_drop, "--budget": budget, "--suite": suite, "--data": data}
     refuse_without_auto({**searching, "--calibration": calibration})
-    if locked and never_slower:
-        raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
     started = time.perf_counter()
-    job, place, build = _make(recipe, source, target, output, replace, dry_run, never_slower, locked)
+    job, place, build = _make(Asked(recipe, source, target, output, replace, dry_run, never_slower, gptq, locked))
     if build is None:
         _print_plan(job, place, as_json)
     else:
-        _print_build(build, time.perf_counter() - started, as_json)
+        _print_build(build, time.perf_counter() - started, gptq, as_json)
 
 
-def _make(
-    recipe: str,
-    source: str | None,
-    target: str | None,
-    output: Path | None,
-    replace: bool,
-    dry_run: bool,
-    never_slower: bool,
-    locked: Path | None,
-) -> tuple[Job, Path, Build | None]:
+def _make(asked: Asked) -> tuple[Job, Path, Build | None]:
     """The job, where its build goes, and the build, if that is not a dry run."""
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.recipe import load_recipe
-    from defaker_opt.runtime.engines import BACKEND as ENGINES
     from defaker_opt.target import load_target
 
-    loaded = load_recipe(recipe)
-    aim = load_target(target or loaded.target)
-
-    if never_slower and aim.backend == ENGINES:
-        raise DefakerError(
-            f"--never-slower: target {aim.name} runs engines, which are timed where they are made: "
-            "defaker-opt compile BUILD --never-slower"
-        )
+    loaded = load_recipe(asked.recipe)
+    aim, source = load_target(asked.target or loaded.target), asked.source or loaded.source
+    if asked.never_slower:
+        _check_alone(aim, asked.locked, asked.gptq)
     with progress_bar() as report:
         report("load torch", 0.0)
         from defaker_opt.detector import write_source
         from defaker_opt.locked import check_locked
-        from defaker_opt.pipeline import make_build, plan_job
+        from defaker_opt.pipeline import check_gptq, make_build, plan_job
 
-        if not dry_run:
-            write_source(source or loaded.source, lambda part, total: report("draw weights", part / total))
-        job = plan_job(loaded, aim, source or loaded.source, report)
-        if locked:
-            check_locked(job, locked)
-        place = output or Path("exported") / f"{job.detector.config.name}-{loaded.name}"
-        build = None if dry_run else make_build(job, place, report, replace)
-        if build is not None and never_slower:
+        if not asked.dry_run:
+            write_source(source, lambda part, total: report("draw weights", part / total))
+        job = plan_job(loaded, aim, source, report)
+        if asked.locked:
+            check_locked(job, asked.locked)
+        if asked.gptq:
+            check_gptq(job, asked.gptq)
+        place = asked.output or Path("exported") / f"{job.detector.config.name}-{loaded.name}"
+        build = None if asked.dry_run else make_build(job, place, report, asked.replace, asked.gptq)
+        if build is not None and asked.never_slower:
             build = _revert_slow(job, build, report)
     return job, place, build
+
+
+def _check_alone(aim: Target, locked: Path | None, gptq: Path | None) -> None:
+    """Raise DefakerError for what does not go with --never-slower."""
+    from defaker_opt.runtime.engines import BACKEND as ENGINES
+
+    if locked:
+        raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
+    if gptq:
+        raise DefakerError("--gptq, --never-slower: the second may leave no codes to write; give one of them")
+    if aim.backend == ENGINES:
+        raise DefakerError(
+            f"--never-slower: target {aim.name} runs engines, which are timed where they are made: "
+            "defaker-opt compile BUILD --never-slower"
+        )
 
 
 def _revert_slow(job: Job, build: Build, report: Progress) -> Build:
@@ -170,7 +194,8 @@ def _print_plan(job: Job, place: Path, as_json: bool) -> None:
         print(_UNTRAINED)
 
 
-def _print_build(build: Build, seconds: float, as_json: bool) -> None:
+def _print_build(build: Build, seconds: float, gptq: Path | None, as_json: bool) -> None:
+    from defaker_opt.gptq_folder import gptq_facts
     from defaker_opt.pipeline import build_bytes
     from defaker_opt.preview import peak_memory_bytes
 
@@ -187,6 +212,7 @@ def _print_build(build: Build, seconds: float, as_json: bool) -> None:
             "reverted": build.manifest.data["recipe"].get("reverted", {}),
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(),
+            **({"gptq": gptq_facts(gptq)} if gptq else {}),
         }
         print(json.dumps(summary if build.manifest.trained else {**summary, "untrained": True}))
         return
@@ -204,4 +230,13 @@ def _print_build(build: Build, seconds: float, as_json: bool) -> None:
         console.print(f"{stage} stays in float: {reason}", highlight=False)
     if not build.manifest.trained:
         print(_UNTRAINED)
+    if gptq:
+        facts = gptq_facts(gptq)
+        console.print(
+            f"{gptq}: {facts['bytes'] / 1e6:.1f} MB, the language part with {facts['bits']} bits in groups of "
+            f"{facts['group_size']}, format {facts['checkpoint_format']}; float16 scales change its weights by "
+            f"{facts['largest_float16_difference']:.1e} at most",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"next: defaker-opt run {build.folder} PHOTO --overlay-dir .", highlight=False, soft_wrap=True)

@@ -26,12 +26,14 @@ class Preview:
     """What a pass would do: the scheme each linear weight would get, and the reason where it stays float.
 
     looks: why pictures are needed for it, "" if they are not. needs: what must be seen of which layers.
+    factored: layers whose codes may come with an input factor.
     """
 
     schemes: Mapping[str, str]
     reasons: Mapping[str, str]
     looks: str = ""
     needs: Mapping[str, tuple[Need, ...]] = field(default_factory=dict)
+    factored: tuple[str, ...] = ()
 
 
 class Pass(Protocol):

@@ -149,6 +149,7 @@ class Quantize:
             {**reasons, **_never_quantized(config)},
             self._looks(weights),
             {name: needs for name, needs in self._needs(weights).items() if needs},
+            tuple(n for n, scheme in schemes.items() if scheme and (r := self._rule(n)) and r.chooser().SCALES_INPUTS),
         )
 
     def apply(self, detector: Detector, progress: Progress, samples: Samples | None = None) -> PassResult:

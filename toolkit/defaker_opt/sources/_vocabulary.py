@@ -15,6 +15,17 @@ from defaker_opt.files import read_json_object
 
 Ids = tuple[int, ...]
 
+# All files that a tokenizer of transformers may have.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
 
 @dataclass(frozen=True)
 class Vocabulary:

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from defaker_opt.convert import CARRIED
 from defaker_opt.detector import Detector, source_folder
 from defaker_opt.errors import DefakerError, write_failure
+from defaker_opt.sources._vocabulary import TOKENIZER_FILES
 from defaker_opt.training.model import JointModel, stored_tensors
 
 
@@ -39,7 +39,7 @@ def write_detector(
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         config = dataclasses.replace(detector.config, name=output.name, trained=True)
         (partial / "config.json").write_text(config.as_json(), encoding="utf-8")
-        for name in CARRIED:
+        for name in TOKENIZER_FILES:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, partial / name)
         partial.rename(output)
