@@ -48,6 +48,7 @@ def quantize(
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.recipe import load_recipe
     from defaker_opt.runtime.engines import BACKEND as ENGINES
+    from defaker_opt.runtime.engines import TORCH
     from defaker_opt.target import load_target
 
     if locked and never_slower:
@@ -60,6 +61,11 @@ def quantize(
         raise DefakerError(
             f"--never-slower: target {aim.name} runs engines, which are timed where they are made: "
             "defaker-opt compile BUILD --never-slower"
+        )
+    if never_slower and aim.backend == TORCH:
+        raise DefakerError(
+            f"--never-slower: target {aim.name} runs on a GPU, which works on while the next stage begins; "
+            "make the build without it, and measure whole pictures: defaker-opt profile BUILD"
         )
     with progress_bar() as report:
         report("load torch", 0.0)

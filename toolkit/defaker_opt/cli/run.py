@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from defaker_opt.errors import EXIT_LIMIT_BROKEN, EXIT_USER_ERROR, BuildError, DefakerError, ImageError
+from defaker_opt.errors import EXIT_LIMIT_BROKEN, EXIT_USER_ERROR, BuildError, DefakerError, ImageError, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,15 +32,20 @@ def run(
     overlay_dir: Annotated[Path | None, typer.Option(help="Write each image with its mask over it here.")] = None,
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Make a mask from this fake probability on.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also answer in words (recipe explain).")] = False,
+    backend: Annotated[str, typer.Option(help="Run with this backend, such as torch_cuda; default: the build's.")] = "",
     threads: Annotated[int, typer.Option(min=0, help="Threads for each stage; 0 means one for each core.")] = 0,
     self_test: Annotated[bool, typer.Option("--self-test", help="Check the build on this machine instead.")] = False,
 ) -> None:
     """Judge images: real or fake, and where. One bad image does not stop the others; it makes the exit code 2."""
+    from defaker_opt.catalog import module_names
     from defaker_opt.runtime import open_build, open_session
+    from defaker_opt.runtime.backends import Choice
 
+    if backend and backend not in module_names("runtime.backends"):
+        raise DefakerError(f"run: --backend: {one_of(backend, module_names('runtime.backends'))}")
     if bool(images) == self_test:
         raise DefakerError("run: give either images or --self-test")
-    session = open_session(open_build(build), threads)
+    session = open_session(open_build(build), threads, Choice(backend) if backend else None)
     if not session.build.manifest.trained:
         print(_UNTRAINED, file=sys.stderr)
     if self_test:

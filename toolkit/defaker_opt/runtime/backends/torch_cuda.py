@@ -63,8 +63,8 @@ def find_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise BuildError(
-            f"torch_cuda: device {name!r} is not here: torch {torch.__version__} sees {count} CUDA devices; install the "
-            "GPU's driver and a torch for CUDA, or run the build with: --backend onnx_runtime"
+            f"torch_cuda: device {name!r} is not here: torch {torch.__version__} sees {count} CUDA devices; install "
+            "the GPU's driver and a torch for CUDA, or run the build with: --backend onnx_runtime"
         )
     return device
 
@@ -97,7 +97,8 @@ class Stage:
         self._program = Program(graph, device)
         self._seen: OrderedDict[Any, tuple[Specialized | Captured, Mapping[str, Tensor]]] = OrderedDict()
         on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_gpu and spec.name == _BESIDE else None
+        beside = on_gpu and spec.name == _BESIDE
+        self._stream = torch.cuda.Stream(device) if beside else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
     def __call__(self, tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Arrays of stages that stay on the device until somebody reads them.
 
 They are what `numpy.concatenate` and indexing take, by numpy's own protocols, so a session hands outputs of one stage
-to the next as it does with arrays of numpy. Reading one (`numpy.asarray`, arithmetic) waits for the device; nothing else
-does.
+to the next as it does with arrays of numpy. Reading one (`numpy.asarray`, arithmetic) waits for the device; nothing
+else does.
 """
 
 from __future__ import annotations

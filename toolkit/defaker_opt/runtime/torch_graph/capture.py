@@ -18,7 +18,7 @@ class Captured:
         """pool: of memory, shared by graphs that never run at once and whose outputs are copied before the next."""
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         device = next(iter(self._inputs.values())).device
-        beside = torch.cuda.Stream(device)
+        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream(device))
         # Libraries choose kernels and take workspaces in the first run, which a capture forbids.
         with torch.cuda.stream(beside):

@@ -29,7 +29,9 @@ def rms_norm(attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
     return weight * (wide * wide.pow(2).mean(-1, keepdim=True).add(attributes["epsilon"]).sqrt().reciprocal())
 
 
-def norm_quantize(attributes: Attributes, x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None = None) -> Tensor:
+def norm_quantize(
+    attributes: Attributes, x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Codes of a norm of x [..., n]: of LayerNorm where `centred`, else of `rms_norm`."""
     if x.is_cuda:
         from defaker_opt.runtime.torch_graph import kernels

@@ -80,7 +80,7 @@ def block_linear(compute: torch.dtype) -> Match:
 
 
 def float_linear(compute: torch.dtype) -> Match:
-    """MatMul by a stored matrix of floats → a linear layer in `compute`, but for the verdict: it is cheap, and decides."""
+    """MatMul by a stored matrix → a linear layer in `compute`, but for what is an output: the verdict stays float32."""
 
     def match(graph: Graph, node: Node) -> Rewrite | None:
         weight = graph.constants.get(node.inputs[1]) if node.operator == "MatMul" else None

@@ -91,7 +91,7 @@ def _unsqueeze(attributes: Attributes, x: Tensor, axes: Tensor) -> Tensor:
 
 
 def _expand(attributes: Attributes, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(numbers(shape))))
+    return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(numbers(shape))))  # type: ignore[no-untyped-call]
 
 
 def _shape(attributes: Attributes, x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _padded_for_window(attributes: Attributes, x: Tensor, fill: float) -> Tensor
 def _convolve(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ones = [1] * (x.ndim - 2)
     stride, dilation = attributes.get("strides") or ones, attributes.get("dilations") or ones
-    padded = _padded_for_window(attributes, x, 0.0)
+    padded = _padded_for_window(attributes, x.to(weight.dtype), 0.0)
     return torch.conv2d(padded, weight, bias, stride, 0, dilation, attributes.get("group", 1))
 
 
@@ -166,7 +166,9 @@ def _convolve_transposed(attributes: Attributes, x: Tensor, weight: Tensor, bias
     ones = [1] * (x.ndim - 2)
     stride, dilation = attributes.get("strides") or ones, attributes.get("dilations") or ones
     extra = attributes.get("output_padding") or [0] * (x.ndim - 2)
-    return torch.conv_transpose2d(x, weight, bias, stride, 0, extra, attributes.get("group", 1), dilation)
+    return torch.conv_transpose2d(
+        x.to(weight.dtype), weight, bias, stride, 0, extra, attributes.get("group", 1), dilation
+    )
 
 
 def _max_pool(attributes: Attributes, x: Tensor) -> Tensor:
@@ -188,6 +190,11 @@ def _resize(
     target = numbers(sizes) or [int(size * scale) for size, scale in zip(x.shape, scales.tolist())]  # type: ignore[union-attr]
     assert all(size % old == 0 for size, old in zip(target, x.shape)), "not in what is exported"
     return functional.interpolate(x, target[2:], mode="nearest")
+
+
+def _matmul(attributes: Attributes, left: Tensor, right: Tensor) -> Tensor:
+    kind = torch.promote_types(left.dtype, right.dtype)
+    return left.to(kind) @ right.to(kind)
 
 
 def _where(attributes: Attributes, condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -223,7 +230,7 @@ OPERATORS = MappingProxyType(
         "Gelu": Operator(_gelu),
         "LayerNormalization": Operator(_layer_norm),
         "LessOrEqual": Operator(_plain(torch.le)),
-        "MatMul": Operator(_plain(torch.matmul)),
+        "MatMul": Operator(_matmul),
         "MaxPool": Operator(_max_pool),
         "Mul": Operator(_plain(torch.mul)),
         "Neg": Operator(_plain(torch.neg)),

@@ -1,10 +1,10 @@
 """Products of codes, of floats and attention: library calls on CUDA, the same numbers by plain ones on the CPU.
 
-Weights lie as [out, in], what is multiplied by them as [..., in]. `compute` of the attributes is the type that a product
-of a linear layer is handed on in. On a GPU:
+Weights lie as [out, in], what is multiplied by them as [..., in]. `compute` of the attributes is the type that a
+product of a linear layer is handed on in. On a GPU:
 
 int8    torch._int_mm: exact sums in int32; scale and bias follow in float32
-fp8     torch._scaled_mm: sums in float32 without fast accumulation; where `compute` is bfloat16 with scale and bias inside
+fp8     torch._scaled_mm: sums in float32 without fast accumulation; with scale and bias inside if `compute` is bfloat16
 int4    Triton kernel for few rows; for many rows the weights are widened to float16 first, then one float16 product
 """
 
@@ -162,21 +162,45 @@ def settle_mask(attributes: Attributes, mask: Tensor | None) -> tuple[dict[str, 
     rows, columns = mask.shape[-2:]
     causal = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
     floor = torch.finfo(torch.float16).min
-    if rows <= columns and bool(((mask == 0) == causal).all()) and bool((mask[~causal.expand(mask.shape)] < floor).all()):
+    if (
+        rows <= columns
+        and bool(((mask == 0) == causal).all())
+        and bool((mask[~causal.expand(mask.shape)] < floor).all())
+    ):
         return {**attributes, "mask": "causal"}, None
     return {**attributes, "mask": "given"}, mask
 
 
 def attention(attributes: Attributes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(query · key · scale + mask) · value in the attribute `type`.
+    """softmax(query · key · scale + mask) · value.
 
-    query [..., S, d], key [..., d, P] as the graph's product has it, value [..., P, d], mask [..., S, P] is added.
+    query [..., S, d], key [..., d, P] as the graph's product has it, value [..., P, d], mask [..., S, P] is added. On
+    CUDA in the attribute `type`; on the CPU in float32, as ONNX Runtime, too, has no narrower products there.
     """
+    if query.is_cuda:
+        return fused_attention(attributes, query, key, value, mask)
+    scores = (query.float() @ key.float()) * attributes["scale"]
+    if attributes["mask"] == "causal":
+        rows, columns = scores.shape[-2:]
+        scores = scores.masked_fill(torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1), -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    attended: Tensor = scores.softmax(-1) @ value.float()
+    return attended
+
+
+def fused_attention(
+    attributes: Attributes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The same by torch's fused attention in the attribute `type`; flash attention where there is no mask to read."""
     kind = attributes["type"]
-    narrow = [each.to(kind) for each in (query, key.transpose(-1, -2), value)]
+    narrow_query, narrow_key, narrow_value = (each.to(kind) for each in (query, key.transpose(-1, -2), value))
     form: Any = None
     if attributes["mask"] == "causal":
         form = causal_lower_right(query.shape[-2], key.shape[-1])
     elif mask is not None:
         form = mask.to(kind)
-    return functional.scaled_dot_product_attention(*narrow, attn_mask=form, scale=attributes["scale"])
+    attended: Tensor = functional.scaled_dot_product_attention(
+        narrow_query, narrow_key, narrow_value, attn_mask=form, scale=attributes["scale"]
+    )
+    return attended

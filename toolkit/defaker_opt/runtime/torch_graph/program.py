@@ -47,7 +47,8 @@ def lower(graph: Graph, compute: torch.dtype) -> Graph:
     for node in graph.nodes:
         if node.operator not in TABLE:
             raise BuildError(
-                f"{node.name}: the backend torch_cuda does not run {node.operator}; it runs {', '.join(sorted(OPERATORS))}; "
+                f"{node.name}: the backend torch_cuda does not run {node.operator}; it runs "
+                f"{', '.join(sorted(OPERATORS))}; "
                 "make the build for a target with this backend, or run it with the backend that it is made for"
             )
     for match in (linear.quantized_linear(compute), linear.block_linear(compute)):
@@ -126,7 +127,9 @@ class Program:
     def _small(self) -> dict[str, Tensor]:
         return {name: tensor.to(self._device) for name, tensor in self.graph.constants.items()}
 
-    def specialize(self, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> tuple[Specialized, dict[str, Tensor]]:
+    def specialize(
+        self, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]
+    ) -> tuple[Specialized, dict[str, Tensor]]:
         """Run once, op by op: the steps that have to be run for inputs of these sizes, and this run's outputs.
 
         What depends on sizes alone is computed on the host, here and never again.
