@@ -106,14 +106,15 @@ class Stage:
         check_input(self._spec, tensors)
         with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=self._compute != torch.float32):
             if self._stream is None:
-                return self._finish(self._run(tensors, outputs))
+                return self._finish(*self._run(tensors, outputs))
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
-                results = self._finish(self._run(tensors, outputs))
+                results = self._finish(*self._run(tensors, outputs))
                 ready = self._stream.record_event()
             return {name: _ready(array, ready) for name, array in results.items()}
 
-    def _run(self, tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    def _run(self, tensors: Tensors, outputs: tuple[str, ...]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Outputs that depend on the picture, on the device, and those that depend on sizes alone, on the host."""
         inputs = {tensor.name: to_tensor(tensors[tensor.name], self._device) for tensor in self._spec.inputs}
         key = (outputs, *(tuple(tensor.shape) for tensor in inputs.values()))
         found = self._seen.pop(key, None)
@@ -122,20 +123,17 @@ class Stage:
             self._seen[key] = (program, program.known)
             if len(self._seen) > _GRAPHS:
                 self._seen.popitem(last=False)
-            return {**results, **program.known}
+            return results, program.known
         runs, known = found
         if isinstance(runs, Specialized) and self._device.type == "cuda":
             runs = Captured(runs, inputs, self._pool)
         self._seen[key] = (runs, known)
-        return {**runs.run(inputs), **known}
+        return runs.run(inputs), known
 
-    def _finish(self, results: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _finish(self, results: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Any]:
         dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in self._spec.outputs}
-        typed = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in results.items()}
-        return {
-            name: DeviceArray(tensor) if tensor.device.type == self._device.type else tensor.numpy()
-            for name, tensor in typed.items()
-        }
+        computed = {name: DeviceArray(tensor.to(dtypes[name]).contiguous()) for name, tensor in results.items()}
+        return {**computed, **{name: tensor.to(dtypes[name]).contiguous().numpy() for name, tensor in known.items()}}
 
 
 def _ready(array: Any, ready: torch.cuda.Event) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
@@ -110,7 +111,7 @@ def read_graph(file: Path) -> Graph:
     try:
         model = onnx.load(str(file), load_external_data=False)
         constants = {tensor.name: _read_tensor(tensor, file.parent) for tensor in model.graph.initializer}
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+    except (OSError, ValueError, DecodeError, onnx.checker.ValidationError) as error:
         raise BuildError(f"{file}: onnx {onnx.__version__} cannot read it ({error})") from error
     nodes = tuple(_node(file, node) for node in model.graph.node)
     inputs = tuple(value.name for value in model.graph.input)

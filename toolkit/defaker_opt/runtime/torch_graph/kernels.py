@@ -120,7 +120,10 @@ def _gate_quantize_kernel(gate, up, step, codes, count, fp8: tl.constexpr, block
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < count
     gated = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    active = gated * tl.div_rn(1.0, 1.0 + tl.exp(-gated)) * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    # Of the larger of two exponentials, so that none overflows.
+    small = tl.exp(-tl.abs(gated))
+    share = tl.div_rn(tl.where(gated < 0, small, 1.0), 1.0 + small)
+    active = gated * share * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     rounded = _round_codes(active, tl.load(step), fp8)
     tl.store(codes + at, rounded.to(codes.dtype.element_ty), mask=inside)
 

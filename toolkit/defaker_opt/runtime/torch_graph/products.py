@@ -141,14 +141,19 @@ def widen_int4(packed: Tensor, scale: Tensor) -> Tensor:
 def block_linear(
     attributes: Attributes, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """x [..., in] as float16 times codes of 4 bits in blocks of rows. Returns [..., out] of `compute`."""
-    rows = x.reshape(-1, x.shape[-1]).to(scale.dtype)
-    if rows.is_cuda and len(rows) <= _FEW_ROWS:
+    """x [..., in] times codes of 4 bits in blocks of rows. Returns [..., out] of `compute`.
+
+    On CUDA x is float16, as the graph says; on the CPU the weights are, and the product is float32, as ONNX Runtime's.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if not rows.is_cuda:
+        product = rows.float() @ widen_int4(packed, scale).float()
+    elif len(rows) <= _FEW_ROWS:
         from defaker_opt.runtime.torch_graph import kernels
 
-        product = kernels.int4_product(rows, packed, scale)
+        product = kernels.int4_product(rows.to(scale.dtype), packed, scale)
     else:
-        product = (rows @ widen_int4(packed, scale)).float()
+        product = (rows.to(scale.dtype) @ widen_int4(packed, scale)).float()
     shifted = scale_and_shift(product, None, bias).to(attributes["compute"])
     return shifted.reshape(*x.shape[:-1], -1)
 
