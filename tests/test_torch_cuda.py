@@ -27,7 +27,7 @@ from tests.conftest import ROOT, defaker_opt, shared_build
 HERE = {"device": "cpu"}
 
 # How far a fake probability may be from ONNX Runtime's, and which share of mask pixels may differ. Steps agree to 1e-6
-# (test_torch_graph), and in float that is all. But a code that falls on the other side of an edge moves by a whole step,
+# (test_torch_graph), and in float that is all. But a code that falls on the other side of an edge moves by a step,
 # and moves other codes after it: in the embedded detector one of FP8 is a sixteenth of its number.
 CLOSE = {
     "float32": (1e-5, 1e-4),

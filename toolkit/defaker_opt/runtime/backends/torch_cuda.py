@@ -1,5 +1,6 @@
 """Torch on an NVIDIA GPU, for datacenters: the build's graphs as products of codes, fused kernels and CUDA graphs.
 
+Convolutions are float32, or TF32 where torch's own switch allows it (`torch.backends.cudnn.allow_tf32`, on by default).
 What is fast about it has not been measured on a GPU; that its numbers are those of ONNX Runtime has, on a CPU.
 `profiling/gpu.py` measures.
 """
@@ -49,7 +50,7 @@ def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenS
     if device.type == "cuda":
         check_codes(file, graph, torch.cuda.get_device_capability(device))
         _require_kernels()
-    return Stage(spec, lower(graph, COMPUTE[compute]), device, COMPUTE[compute])
+    return Stage(spec, lower(graph, COMPUTE[compute]), device)
 
 
 def find_device(name: str) -> torch.device:
@@ -92,8 +93,8 @@ def _require_kernels() -> None:
 class Stage:
     """A stage ready to run: specialized for sizes when it meets them, captured as a CUDA graph when they come back."""
 
-    def __init__(self, spec: StageSpec, graph: Graph, device: torch.device, compute: torch.dtype) -> None:
-        self._spec, self._device, self._compute = spec, device, compute
+    def __init__(self, spec: StageSpec, graph: Graph, device: torch.device) -> None:
+        self._spec, self._device = spec, device
         self._program = Program(graph, device)
         self._seen: OrderedDict[Any, tuple[Specialized | Captured, Mapping[str, Tensor]]] = OrderedDict()
         on_gpu = device.type == "cuda"
@@ -104,7 +105,7 @@ class Stage:
     def __call__(self, tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, Any]:
         """See `OpenStage`. On a GPU results are arrays that lie there, and nothing waits until one is read."""
         check_input(self._spec, tensors)
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=self._compute != torch.float32):
+        with torch.inference_mode():
             if self._stream is None:
                 return self._finish(*self._run(tensors, outputs))
             self._stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -102,9 +102,8 @@ def bias(graph: Graph, node: Node) -> Rewrite | None:
         if layer is None or vector is None or vector.ndim != 1 or len(layer.inputs) != _WITHOUT_BIAS[layer.operator]:
             continue
         name = f"{layer.name}.lowered_bias"
-        kind = layer.attributes["compute"] if layer.operator == "Linear" else torch.float32
         fused = dataclasses.replace(layer, inputs=(*layer.inputs, name), output=node.output)
-        return Rewrite(fused, {name: vector.to(kind)})
+        return Rewrite(fused, {name: vector.to(layer.attributes["compute"])})
     return None
 
 

@@ -29,7 +29,7 @@ _FEW_ROWS = 64
 
 
 def scale_and_shift(product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """product [..., out] · scale [out] + bias [out] in float32; what is None is done already or not wanted."""
+    """product [..., out] · scale [out] + bias [out], summed in float32; what is None is done already or not wanted."""
     result = product.float() if scale is None else product.float() * scale
     return result if bias is None else result + bias
 
@@ -89,8 +89,8 @@ def _multiply_fp8_scaled(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tens
         _padded(rows, rows.shape[0]),
         _padded(weight, out).t(),
         _ones(rows.shape[0], rows.device),
-        functional.pad(scale, (0, out - len(scale))).reshape(1, -1),
-        bias=None if bias is None else functional.pad(bias, (0, out - len(bias))).to(torch.bfloat16),
+        _lengthened(scale, out).reshape(1, -1),
+        bias=None if bias is None else _lengthened(bias, out).to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=False,
     )
@@ -100,6 +100,10 @@ def _multiply_fp8_scaled(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tens
 @functools.lru_cache(maxsize=64)
 def _ones(rows: int, device: torch.device) -> Tensor:
     return torch.ones(rows, 1, device=device)
+
+
+def _lengthened(vector: Tensor, size: int) -> Tensor:
+    return vector if len(vector) == size else functional.pad(vector, (0, size - len(vector)))
 
 
 def _whole(size: int) -> int:
