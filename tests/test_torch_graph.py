@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -23,7 +24,10 @@ from defaker_opt.errors import BuildError
 from defaker_opt.runtime import open_build
 from defaker_opt.runtime.backends import Choice
 from defaker_opt.runtime.spec import STAGES
-from defaker_opt.runtime.torch_graph.graph import Graph, read_graph
+from defaker_opt.runtime.torch_graph import products, program
+from defaker_opt.runtime.torch_graph.capture import Captured
+from defaker_opt.runtime.torch_graph.graph import Graph, Node, read_graph
+from defaker_opt.runtime.torch_graph.operators import Operator
 from defaker_opt.runtime.torch_graph.products import attention, fused_attention, settle_mask
 from defaker_opt.runtime.torch_graph.program import Program, count_operators, lower
 from tests.conftest import shared_build
@@ -149,14 +153,14 @@ def test_a_float_stage_is_the_same_from_end_to_end(stage: str, float_build: Path
     graph = lower(read_graph(float_build / f"{stage}.onnx"), torch.float32)
     call = next(call for call in _calls(float_build) if call.stage == stage)
     inputs = {name: torch.from_numpy(np.array(array)) for name, array in call.tensors.items()}
-    program, first = Program(graph, CPU).specialize(inputs, graph.outputs)
-    again = program.run(inputs)
+    specialized, first = Program(graph, CPU).specialize(inputs, graph.outputs)
+    again = specialized.run(inputs)
     expected = _theirs(float_build / f"{stage}.onnx", call.tensors, list(graph.outputs))
-    assert {*first, *program.known} == set(expected)
+    assert {*first, *specialized.known} == set(expected)
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name])
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
-    for name, tensor in program.known.items():
+    for name, tensor in specialized.known.items():
         assert torch.equal(tensor, expected[name])
 
 
@@ -200,8 +204,6 @@ def test_fused_attention_is_attention(form: str, kind: torch.dtype) -> None:
 
 
 def _one_node(operator: str) -> Graph:
-    from defaker_opt.runtime.torch_graph.graph import Node
-
     return Graph((Node(operator, "stage/odd_1", ("x",), "y"),), {}, ("x",), ("y",))
 
 
@@ -211,12 +213,10 @@ def test_an_unknown_operator_is_named_with_its_node() -> None:
 
 
 def test_a_size_that_depends_on_the_picture_is_refused() -> None:
-    from defaker_opt.runtime.torch_graph.graph import Node
-
     nodes = (Node("Neg", "stage/neg", ("n",), "m"), Node("Reshape", "stage/reshape", ("x", "m"), "y"))
-    program = Program(lower(Graph(nodes, {}, ("x", "n"), ("y",)), torch.float32), CPU)
+    unknown = Program(lower(Graph(nodes, {}, ("x", "n"), ("y",)), torch.float32), CPU)
     with pytest.raises(BuildError, match="stage/reshape: m depends on the picture, and Reshape needs it"):
-        program.specialize({"x": torch.zeros(2), "n": torch.tensor([-2])}, ("y",))
+        unknown.specialize({"x": torch.zeros(2), "n": torch.tensor([-2])}, ("y",))
 
 
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
@@ -224,3 +224,70 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xff\xff")
     with pytest.raises(BuildError, match=r"language\.onnx: onnx .* cannot read it"):
         read_graph(file)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_step_reads_the_device(recipe: str, stage: str, builds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the device "meta" have no numbers: reading one, or mixing it with the host's, is an error."""
+    monkeypatch.setattr(program, "TABLE", {**program.TABLE, "Attention": Operator(fused_attention)})
+    build, meta = shared_build(builds, recipe), torch.device("meta")
+    for compute in (torch.float32, torch.bfloat16):
+        graph = lower(read_graph(build / f"{stage}.onnx"), compute)
+        for call in [call for call in _calls(build) if call.stage == stage]:
+            inputs = {name: torch.from_numpy(np.array(array)).to(meta) for name, array in call.tensors.items()}
+            specialized, first = Program(graph, meta).specialize(inputs, call.outputs)
+            again = specialized.run(inputs)
+            shapes = {name: tensor.shape for name, tensor in again.items()}
+            assert shapes == {name: tensor.shape for name, tensor in first.items()}
+            # A session takes key/values out of what it is given.
+            assert all(shapes.get(name, array.shape) == array.shape for name, array in call.results.items())
+
+
+def test_products_are_called_as_cuda_wants_them() -> None:
+    """Torch's own checks of types, sizes and strides, on tensors without numbers that say they lie on a GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    products._ones.cache_clear()
+    with FakeTensorMode():
+        scale, bias = torch.empty(41, device="cuda"), torch.empty(41, device="cuda")
+        for kind in (torch.int8, torch.float8_e4m3fn):
+            for rows, inner in ((1, 192), (5, 40), (33, 1024)):
+                codes = torch.empty(2, rows, inner, device="cuda", dtype=kind)
+                weight = torch.empty(41, inner, device="cuda", dtype=kind)
+                for compute in (torch.float32, torch.bfloat16):
+                    got, due, _ = products.multiply_codes({"compute": compute}, codes, weight, scale, bias)
+                    assert got.is_cuda and got.shape == (2, rows, 41)
+                    assert (due is None) == (kind != torch.int8 and compute == torch.bfloat16)
+    products._ones.cache_clear()
+
+
+class _FakeCuda:
+    """Stands for torch's streams and graphs: a replay runs the program on the buffers again."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.replays = run, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.run()
+
+
+def test_a_captured_program_copies_inputs_in_and_results_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = lower(Graph((Node("Neg", "neg", ("x",), "y"),), {}, ("x",), ("y",)), torch.float32)
+    specialized, _ = Program(graph, CPU).specialize({"x": torch.ones(3)}, ("y",))
+
+    def again() -> None:
+        for name, tensor in specialized.run(captured._inputs).items():
+            captured._outputs[name].copy_(tensor)
+
+    fake = _FakeCuda(again)
+    for name in ("Stream", "stream", "graph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: fake)
+    captured = Captured(specialized, {"x": torch.ones(3)}, pool=None)
+    one = captured.run({"x": torch.tensor([1.0, 2.0, 3.0])})["y"]
+    other = captured.run({"x": torch.tensor([4.0, 5.0, 6.0])})["y"]
+    assert one.tolist() == [-1, -2, -3] and other.tolist() == [-4, -5, -6]
+    assert fake.replays == 2
+    assert torch.cuda.graph.call_args.kwargs["capture_error_mode"] == "thread_local"

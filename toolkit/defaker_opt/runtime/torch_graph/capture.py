@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from defaker_opt.runtime.torch_graph.program import Specialized
+
+# Beginning a capture waits for the whole device, which another thread's capture forbids.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Captured:
@@ -26,7 +30,8 @@ class Captured:
         torch.cuda.current_stream(device).wait_stream(beside)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads go on with their own stages while this one captures.
-        with torch.cuda.graph(self._graph, pool=pool, stream=beside, capture_error_mode="thread_local"):
+        capturing = torch.cuda.graph(self._graph, pool=pool, stream=beside, capture_error_mode="thread_local")
+        with _ONE_AT_A_TIME, capturing:
             self._outputs = program.run(self._inputs)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def _multiply_int8(rows: Tensor, weight: Tensor) -> Tensor:
         return torch._int_mm(rows, weight.t())
     count, out = rows.shape[0], weight.shape[0]
     padded = _padded(rows, max(_LEAST_ROWS, count))
-    return torch._int_mm(padded, _padded(weight, _whole(out)).t())[:count, :out]
+    return torch._int_mm(padded, _padded(weight, _whole(out)).t()).narrow(0, 0, count).narrow(1, 0, out)
 
 
 def _multiply_fp8(rows: Tensor, weight: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _multiply_fp8(rows: Tensor, weight: Tensor) -> Tensor:
     product: Tensor = torch._scaled_mm(
         _padded(rows, rows.shape[0]), wide.t(), one, one, out_dtype=torch.float32, use_fast_accum=False
     )
-    return product[:, : weight.shape[0]]
+    return product.narrow(1, 0, weight.shape[0])
 
 
 def _multiply_fp8_scaled(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,7 +94,7 @@ def _multiply_fp8_scaled(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tens
         out_dtype=torch.bfloat16,
         use_fast_accum=False,
     )
-    return product[:, : weight.shape[0]]
+    return product.narrow(1, 0, weight.shape[0])
 
 
 @functools.lru_cache(maxsize=64)
