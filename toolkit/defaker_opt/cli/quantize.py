@@ -47,8 +47,6 @@ def quantize(
     """Make a compact build of a detector; a rerun goes on from the stages that are finished."""
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.recipe import load_recipe
-    from defaker_opt.runtime.engines import BACKEND as ENGINES
-    from defaker_opt.runtime.engines import TORCH
     from defaker_opt.target import load_target
 
     if locked and never_slower:
@@ -57,16 +55,8 @@ def quantize(
     loaded = load_recipe(recipe)
     aim = load_target(target or loaded.target)
 
-    if never_slower and aim.backend == ENGINES:
-        raise DefakerError(
-            f"--never-slower: target {aim.name} runs engines, which are timed where they are made: "
-            "defaker-opt compile BUILD --never-slower"
-        )
-    if never_slower and aim.backend == TORCH:
-        raise DefakerError(
-            f"--never-slower: target {aim.name} runs on a GPU, which works on while the next stage begins; "
-            "make the build without it, and measure whole pictures: defaker-opt profile BUILD"
-        )
+    if never_slower:
+        _refuse_untimed(aim.name, aim.backend)
     with progress_bar() as report:
         report("load torch", 0.0)
         from defaker_opt.detector import write_source
@@ -164,3 +154,19 @@ def _print_build(build: Build, seconds: float, as_json: bool) -> None:
     if not build.manifest.trained:
         print(_UNTRAINED)
     console.print(f"next: defaker-opt run {build.folder} PHOTO --overlay-dir .", highlight=False, soft_wrap=True)
+
+
+def _refuse_untimed(target: str, backend: str) -> None:
+    """Raise DefakerError where stages cannot be timed one by one while a build is made."""
+    from defaker_opt.runtime.engines import BACKEND, TORCH
+
+    if backend == BACKEND:
+        raise DefakerError(
+            f"--never-slower: target {target} runs engines, which are timed where they are made: "
+            "defaker-opt compile BUILD --never-slower"
+        )
+    if backend == TORCH:
+        raise DefakerError(
+            f"--never-slower: target {target} runs on a GPU, which works on while the next stage begins; "
+            "make the build without it, and measure whole pictures: defaker-opt profile BUILD"
+        )
