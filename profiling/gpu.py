@@ -4,8 +4,8 @@
     python profiling/gpu.py --source reference:random --device cpu --rounds 1
 
 Weights are drawn (or a detector's own); the picture gives 13 tiles; every form judges it through the same session, with
-the mask, one picture at a time. Eager runs torch's modules with the savings of our graphs: one shared prefix, eight
-answer words, one call a question. So what is compared is the backend alone.
+the mask, one picture at a time. Eager runs torch's modules, bfloat16 weights under autocast, with the savings of our
+graphs: one shared prefix, eight answer words, one call a question. So what is compared is the backend alone.
 
 latency_ms: a whole picture, wall time, median of the rounds, after three that warm up and capture. stages: each one by
 itself on its own inputs, with a wait after it; efficiency: its operations (counted from its graph) a second, as a share
@@ -13,8 +13,8 @@ of what a large product of the same type reached in this run. images_per_s: at b
 the vision encoder takes the tiles of all 16 in one call, and the other stages go picture by picture, as their graphs
 have a batch of one. gpu_memory_mb: the most that torch had allocated.
 
---quick keeps 2 layers a stack. --device cpu only checks that this script runs, and its figures say nothing. Without a
-CUDA device it ends with 2. The last line is one JSON object.
+--quick keeps 2 layers a stack. --device cpu only checks that this script runs, with one picture and no warming up, and
+its figures say nothing. Without a CUDA device it ends with 2. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -67,14 +67,17 @@ class EagerStage:
 
     def __init__(self, detector: Detector, spec: StageSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
-        self.module = detector.load_stage(spec.name).to(device, torch.bfloat16)
+        self.module = detector.load_stage(spec.name).to(device)
+        for part in self.module.modules():
+            if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+                part.to(torch.bfloat16)
 
     # Called as `OpenStage` says.
     def __call__(self, tensors: Mapping[str, Any], outputs: tuple[str, ...]) -> dict[str, Any]:
         given = [to_tensor(tensors[tensor.name], self.device) for tensor in self.spec.inputs]
-        narrow = [each.bfloat16() if each.is_floating_point() else each for each in given]
-        with torch.inference_mode():
-            results = self.module(*narrow)
+        # Modules compute masks and positions in float32; autocast narrows what is multiplied, as in training.
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16):
+            results = self.module(*given)
         named = dict(zip((tensor.name for tensor in self.spec.outputs), results))
         return {name: DeviceArray(_typed(named[name])) for name in outputs}
 
@@ -103,7 +106,7 @@ def waited(device: torch.device, run: Callable[[], Any]) -> float:
 
 
 def median_ms(device: torch.device, run: Callable[[], Any], rounds: int) -> float:
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP if device.type == "cuda" else 0):
         waited(device, run)
     return statistics.median(waited(device, run) for _ in range(rounds))
 
@@ -126,15 +129,17 @@ def call_operations(work: Path, form: str, call: Call) -> float:
     return count_file(work / FORMS[form][0] / f"{call.stage}.onnx", shapes, call.outputs).total
 
 
-def measure_stages(session: RecordingSession, form: str, facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def measure_stages(
+    session: RecordingSession, form: str, facts: Mapping[str, Any]
+) -> dict[str, dict[str, float | None]]:
     """Each stage on the calls that one picture takes."""
     device, peak = facts["device"], facts["peaks"].get(FORMS[form][1])
-    rows = {}
+    rows: dict[str, dict[str, float | None]] = {}
     for stage in STAGES:
         calls = [call for call in session.calls if call.stage == stage]
         spent = sum(call_ms(session, call, device, facts["rounds"]) for call in calls)
         teras = sum(call_operations(facts["work"], form, call) for call in calls) / spent / 1e9
-        share = teras / peak if peak else float("nan")
+        share = teras / peak if peak else None
         rows[stage] = {"ms": spent, "tera_operations_per_s": teras, "efficiency": share}
     return rows
 
@@ -149,19 +154,20 @@ def measure_batch(session: Session, image: Any, facts: Mapping[str, Any]) -> flo
     shape = session.build.manifest.data["input"]
     tiles = image_tiles(image, shape["tile_size"], shape["min_tiles"], shape["max_tiles"])
     # Equal tiles would be encoded once.
-    every = np.concatenate([tiles + np.float32(number / 1000) for number in range(BATCH)])
+    batch = BATCH if facts["device"].type == "cuda" else 1
+    every = np.concatenate([tiles + np.float32(number / 1000) for number in range(batch)])
 
     def judge_all() -> None:
         clock = Clock()
         seen = session.see(every, clock)
-        for number in range(BATCH):
+        for number in range(batch):
             mine = slice(number * len(tiles), (number + 1) * len(tiles))
             prefix = session.read_prefix({name: array[mine] for name, array in seen.items()}, clock)
             session.ask("verdict", prefix, clock)
             embedding = session.ask("mask", prefix, clock)
             session._mask_logits(image, np.asarray(embedding), None, clock)
 
-    return BATCH * 1e3 / median_ms(facts["device"], judge_all, max(1, facts["rounds"] // 10))
+    return batch * 1e3 / median_ms(facts["device"], judge_all, max(1, facts["rounds"] // 10))
 
 
 def measure_form(form: str, image: Any, reference: Any, facts: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -216,12 +222,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def _cell(stage: Mapping[str, Any]) -> str:
+    share = "no peak" if stage["efficiency"] is None else f"{stage['efficiency']:.0%}"
+    return f"{stage['ms']:.2f} ({share})"
+
+
 def show(rows: Mapping[str, Mapping[str, Any]], peaks: Mapping[str, float], title: str) -> None:
     table = Table(title=title)
     for column in ("form", "ms", "img/s", f"img/s at {BATCH}", *STAGES, "GPU MB", "largest Δlogit", "mask agrees"):
         table.add_column(column.replace("_", " "), justify="left" if column == "form" else "right")
     for form, row in rows.items():
-        stages = [f"{row['stages'][stage]['ms']:.2f} ({row['stages'][stage]['efficiency']:.0%})" for stage in STAGES]
+        stages = [_cell(row["stages"][stage]) for stage in STAGES]
         rates = [f"{row['images_per_s'][batch]:.1f}" for batch in ("1", str(BATCH))]
         memory = "-" if row["gpu_memory_mb"] is None else f"{row['gpu_memory_mb']:.0f}"
         ends = [memory, f"{row['max_logit_difference']:.1e}", f"{row['mask_agreement']:.4f}"]
