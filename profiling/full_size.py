@@ -76,13 +76,13 @@ def last_json(command: list[str]) -> dict[str, Any]:
     return row
 
 
-def make(recipe: str, source: str, work: Path) -> dict[str, Any]:
+def make(recipe: str, source: str, work: Path, *options: str) -> dict[str, Any]:
     """The summary of making a build, from its own receipt if it is there."""
     receipt, build = work / f"{recipe}.made.json", work / recipe
     made = read_json_object(receipt)
     if made is not None and build.is_dir():
         return made
-    command = [sys.executable, "-m", "defaker_opt", "quantize", "--recipe", recipe, "--source", source]
+    command = [sys.executable, "-m", "defaker_opt", "quantize", "--recipe", recipe, "--source", source, *options]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     made = last_json([*command, "--output", str(build), "--json"])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

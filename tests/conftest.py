@@ -15,6 +15,9 @@ GOLDEN = Path(os.environ.get("DEFAKER_GOLDEN_DIR", ROOT.parent / "shared" / "gol
 
 COMMAND = [sys.executable, "-m", "defaker_opt"]
 
+# Kernels run in Triton's interpreter, as no GPU is here. Read when triton is first imported, which is after this.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Test workers and the commands they run share the cores; with a thread for each core in each of them, torch's threads
 # wait for one another most of the time. Read when torch is first imported, which is after this.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -72,6 +72,16 @@ def test_imports_point_downwards(path: Path) -> None:
         assert LEVEL[other] < LEVEL[own], f"{own} imports {module}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_in_the_runtime_one_backend_alone_needs_torch(path: Path) -> None:
+    """The rest of it must import where there is none."""
+    inside = path.relative_to(PACKAGE).parts
+    if inside[0] != "runtime" or "torch_graph" in inside or path.stem == "torch_cuda":
+        return
+    assert not [module for module in imports(path) if "torch_graph" in module or module.endswith("torch_cuda")]
+    assert not re.search(r"^\s*(import|from) (torch|triton|onnx)\b", path.read_text(), re.MULTILINE)
+
+
 SIBLINGS = ("methods", "passes", "stages", "runtime/backends", "benchmarks/layouts", "drift/engines")
 
 

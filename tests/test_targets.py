@@ -36,7 +36,7 @@ def test_a_shipped_target_is_sound(name: str) -> None:
         assert name == "cpu"
         return
     device = target.device
-    if target.backend == "tensor_rt":
+    if target.backend in ("tensor_rt", "torch_cuda"):
         # FP8 products came with SM 8.9, and codes go where FP8 does.
         assert ("fp8-static" in target.encodings) == (int(device.versions["sm"]) >= 89)
         assert target.encodings["int8-static"] == "qdq_int8" and target.encodings["int4-sym"] == "dq_int4"

@@ -66,6 +66,7 @@ _PACKAGES = {
         ("tensorrt", "tensorrt_rtx"),
         "JetPack has it, elsewhere: pip install tensorrt; then defaker-opt compile BUILD",
     ),
+    "torch_cuda": (("triton",), "pip install 'defaker-opt[cuda]'"),
 }
 
 

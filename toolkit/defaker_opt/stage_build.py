@@ -108,7 +108,9 @@ def measure_parity(detector: Detector, stage: str, session: Session) -> dict[str
     worst: dict[str, float] = {}
     with torch.inference_mode():
         for given, got in cases:
-            expected = module(*(torch.from_numpy(given[tensor.name]) for tensor in session.spec(stage).inputs))
+            expected = module(
+                *(torch.from_numpy(np.asarray(given[tensor.name])) for tensor in session.spec(stage).inputs)
+            )
             for tensor, reference in zip(session.spec(stage).outputs, expected):
                 difference = relative_difference(got[tensor.name], reference.numpy())
                 # NaN is kept whichever side of the comparison it stands on.

@@ -24,6 +24,9 @@ ENCODINGS = {
     "int2": ("matmul_nbits",),
 }
 
+# The first compute capability with products of FP8: Ada's; Hopper and Blackwell have them too.
+_FP8_SM = 89
+
 # Backends that targets may name for planning before this version can run them.
 PLANNED_BACKENDS = ("onnx_runtime_web",)
 
@@ -40,6 +43,9 @@ class SessionOptions:
 
     providers: of ONNX Runtime, the first one that has an operator runs it, such as CUDAExecutionProvider or
     TensorrtExecutionProvider; none = the CPU's.
+
+    compute: of the backend torch_cuda, the type that linear layers hand on, and of attention where the graph does not
+    say float16; norms, sums of residuals and what leaves a stage are float32 always.
     """
 
     threads: int = 0
@@ -47,6 +53,7 @@ class SessionOptions:
     tokens: int = 0
     open_mb: int = 0
     providers: tuple[str, ...] = ()
+    compute: Literal["float32", "bfloat16"] = "float32"
 
     CHECKS: ClassVar[Mapping[str, Callable[[int], str | None]]] = {
         name: lambda count: None if count >= 0 else f"must be 0 or more, got {count}"
@@ -128,10 +135,23 @@ def load_target(name: str) -> Target:
         _check_names(data, report)
         data = {**data, "name": path.stem}
     parsed = strict.parse(Target, data, "", report)
+    if isinstance(parsed, Target):
+        _check_codes(parsed, report)
     if problems:
         raise ConfigError(path, problems)
     assert isinstance(parsed, Target)
     return parsed
+
+
+def _check_codes(target: Target, report: strict.Report) -> None:
+    """Products of FP8 came with a compute capability, which the device states."""
+    sm = target.device.versions.get("sm", "") if target.device else ""
+    if "fp8-static" in target.encodings and sm.isdigit() and int(sm) < _FP8_SM:
+        report(
+            "encodings.fp8-static",
+            f"{target.encodings['fp8-static']} needs a GPU from SM {_FP8_SM} on, and device.versions.sm is {sm}; "
+            "leave it out, and make builds with int8-static",
+        )
 
 
 def _check_names(data: Mapping[str, Any], report: strict.Report) -> None:

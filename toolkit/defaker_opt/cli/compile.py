@@ -109,8 +109,10 @@ def _hands() -> Hands:
     """TensorRT and the GPU of this machine. Raises BuildError if either is missing."""
     from defaker_opt.compiling.child import build_engine
     from defaker_opt.compiling.compile import Hands
+    from defaker_opt.runtime.backends import Choice
     from defaker_opt.runtime.backends.tensor_rt import Engine, library
     from defaker_opt.runtime.cuda import read_gpu
+    from defaker_opt.runtime.engines import BACKEND
     from defaker_opt.runtime.recording import RecordingSession
 
     trt = library()
@@ -119,7 +121,9 @@ def _hands() -> Hands:
         read_gpu(),
         build_engine,
         lambda path, spec: Engine(trt, path.read_bytes(), spec, str(path)),
-        lambda build, engines: RecordingSession(build, engines=engines),
+        lambda build, engines: RecordingSession(
+            build, choice=Choice(BACKEND, {"record": engines}) if engines else None
+        ),
     )
 
 

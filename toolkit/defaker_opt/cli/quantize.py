@@ -140,17 +140,11 @@ def _make(asked: Asked) -> tuple[Job, Path, Build | None]:
 
 def _check_alone(aim: Target, locked: Path | None, gptq: Path | None) -> None:
     """Raise DefakerError for what does not go with --never-slower."""
-    from defaker_opt.runtime.engines import BACKEND as ENGINES
-
     if locked:
         raise DefakerError("--locked, --never-slower: times decide what the second makes; give one of them")
     if gptq:
         raise DefakerError("--gptq, --never-slower: the second may leave no codes to write; give one of them")
-    if aim.backend == ENGINES:
-        raise DefakerError(
-            f"--never-slower: target {aim.name} runs engines, which are timed where they are made: "
-            "defaker-opt compile BUILD --never-slower"
-        )
+    _refuse_untimed(aim.name, aim.backend)
 
 
 def _revert_slow(job: Job, build: Build, report: Progress) -> Build:
@@ -240,3 +234,19 @@ def _print_build(build: Build, seconds: float, gptq: Path | None, as_json: bool)
             soft_wrap=True,
         )
     console.print(f"next: defaker-opt run {build.folder} PHOTO --overlay-dir .", highlight=False, soft_wrap=True)
+
+
+def _refuse_untimed(target: str, backend: str) -> None:
+    """Raise DefakerError where stages cannot be timed one by one while a build is made."""
+    from defaker_opt.runtime.engines import BACKEND, TORCH
+
+    if backend == BACKEND:
+        raise DefakerError(
+            f"--never-slower: target {target} runs engines, which are timed where they are made: "
+            "defaker-opt compile BUILD --never-slower"
+        )
+    if backend == TORCH:
+        raise DefakerError(
+            f"--never-slower: target {target} runs on a GPU, which works on while the next stage begins; "
+            "make the build without it, and measure whole pictures: defaker-opt profile BUILD"
+        )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from defaker_opt.errors import EXIT_LIMIT_BROKEN, EXIT_USER_ERROR, BuildError, DefakerError, ImageError
+from defaker_opt.errors import EXIT_LIMIT_BROKEN, EXIT_USER_ERROR, BuildError, DefakerError, ImageError, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +33,7 @@ def run(
     overlay_dir: Annotated[Path | None, typer.Option(help="Write each image with its mask over it here.")] = None,
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Make a mask from this fake probability on.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also answer in words (recipe explain).")] = False,
+    backend: Annotated[str, typer.Option(help="Run with this backend, such as torch_cuda; default: the build's.")] = "",
     threads: Annotated[int, typer.Option(min=0, help="Threads for each stage; 0 means one for each core.")] = 0,
     concurrency: Annotated[
         int, typer.Option(min=1, help="Pictures judged at once, sharing the cores: more an hour, each one slower.")
@@ -40,16 +41,17 @@ def run(
     self_test: Annotated[bool, typer.Option("--self-test", help="Check the build on this machine instead.")] = False,
 ) -> None:
     """Judge images: real or fake, and where. One bad image does not stop the others; it makes the exit code 2."""
+    from defaker_opt.catalog import module_names
     from defaker_opt.runtime import open_build, open_session
+    from defaker_opt.runtime.backends import Choice
 
+    if backend and backend not in module_names("runtime.backends"):
+        raise DefakerError(f"run: --backend: {one_of(backend, module_names('runtime.backends'))}")
     if bool(images) == self_test:
         raise DefakerError("run: give either images or --self-test")
-    session = open_session(open_build(build), _threads_each(threads, concurrency))
-    if concurrency > 1 and session.is_short_of_memory():
-        raise DefakerError(
-            f"--concurrency {concurrency}: {build} opens its stages one after another, as it is larger than open_mb of "
-            "its target; leave it out, or make the build for a target with open_mb: 0"
-        )
+    session = open_session(open_build(build), _threads_each(threads, concurrency), Choice(backend) if backend else None)
+    if concurrency > 1:
+        _check_concurrency(session, concurrency)
     if not session.build.manifest.trained:
         print(_UNTRAINED, file=sys.stderr)
     if self_test:
@@ -69,6 +71,18 @@ def run(
         _print_row(row, as_json)
     if failed:
         raise typer.Exit(EXIT_USER_ERROR)
+
+
+def _check_concurrency(session: Session, pictures: int) -> None:
+    """Raise DefakerError if so many pictures cannot be judged at once."""
+    where = f"--concurrency {pictures}: {session.build.folder}"
+    if session.backend() != "onnx_runtime":
+        raise DefakerError(f"{where} runs on {session.backend()}, which takes one picture after another; leave it out")
+    if session.is_short_of_memory():
+        raise DefakerError(
+            f"{where} opens its stages one after another, as it is larger than open_mb of its target; leave it out, or "
+            "make the build for a target with open_mb: 0"
+        )
 
 
 def _threads_each(threads: int, concurrency: int) -> int:

@@ -68,7 +68,7 @@ def decode_free(session: Session, prefix: Prefix, clock: Clock, limit: int) -> t
 
 def _likeliest(session: Session, last_hidden: Array, clock: Clock) -> int:
     logits = session.run(VOCABULARY_HEAD, {"last_hidden": last_hidden}, clock)["vocabulary_logits"]
-    return int(logits.argmax())
+    return int(np.asarray(logits).argmax())
 
 
 def explanation_facts(build: Build) -> Mapping[str, Any]:

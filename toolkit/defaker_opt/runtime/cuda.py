@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from defaker_opt.errors import BuildError
 
 _NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
+_DRIVER = "libcuda.so.1"
 _TO_DEVICE, _TO_HOST = 1, 2
 # Of cudaDeviceGetAttribute.
 _MAJOR, _MINOR = 75, 76
@@ -63,6 +64,17 @@ def read_gpu() -> Gpu:
     driver = ctypes.c_int()
     _call("cudaDriverGetVersion", ctypes.byref(driver))
     return Gpu(f"{numbers[0]}{numbers[1]}", f"{driver.value // 1000}.{driver.value % 1000 // 10}")
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether the driver of an NVIDIA GPU is here and answers."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+        return not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)) and count.value > 0
+    except OSError:
+        return False
 
 
 class Stream:

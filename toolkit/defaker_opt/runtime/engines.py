@@ -18,9 +18,13 @@ from typing import Any
 
 from defaker_opt.errors import BuildError
 from defaker_opt.runtime.build import Build
+from defaker_opt.runtime.cuda import has_gpu
 
 RECORD = "engines.json"
 BACKEND = "tensor_rt"
+
+# Runs graphs on a GPU without engines.
+TORCH = "torch_cuda"
 
 # Runs the graphs of builds that are not compiled, operator by operator as they are written.
 _UNCOMPILED = "onnx_runtime"
@@ -48,8 +52,12 @@ def read_record(folder: Path, name: str = RECORD) -> Mapping[str, Any] | None:
 
 
 def backend_of(build: Build) -> str:
-    """What runs a build here: the backend it is made for, or ONNX Runtime if that wants engines and there are none."""
+    """What runs a build here: the backend it is made for, or ONNX Runtime if that wants engines or a GPU that is not
+    there.
+    """
     made_for = str(build.manifest.data["target"]["backend"])
-    if made_for != BACKEND or read_record(engines_folder(build.folder)) is not None:
-        return made_for
-    return _UNCOMPILED
+    missing = {
+        BACKEND: lambda: read_record(engines_folder(build.folder)) is None,
+        TORCH: lambda: not has_gpu(),
+    }
+    return _UNCOMPILED if made_for in missing and missing[made_for]() else made_for

@@ -56,6 +56,6 @@ def run_self_test(session: Session) -> SelfTest:
 
 def relative_difference(array: NDArray[Any], reference: NDArray[Any]) -> float:
     """‖array - reference‖ / ‖reference‖, in float64; 0 where both are empty or zero."""
-    difference = np.linalg.norm(array.astype(np.float64) - reference.astype(np.float64))
-    size = np.linalg.norm(reference.astype(np.float64))
+    difference = np.linalg.norm(np.asarray(array, np.float64) - np.asarray(reference, np.float64))
+    size = np.linalg.norm(np.asarray(reference, np.float64))
     return float(difference / size) if size else float(difference)

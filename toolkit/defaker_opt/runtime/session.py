@@ -15,10 +15,9 @@ from PIL import Image
 
 from defaker_opt.errors import BuildError
 from defaker_opt.runtime.answers import decode_fixed, decode_free, fake_probability, text_of
-from defaker_opt.runtime.backends import OpenStage, Tensors, find_backend
+from defaker_opt.runtime.backends import Choice, OpenStage, Tensors, find_backend
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock, Span
-from defaker_opt.runtime.engines import BACKEND as ENGINES
 from defaker_opt.runtime.engines import backend_of
 from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
 from defaker_opt.runtime.prompts import Prefix, extend_, load_prompts, question_input
@@ -65,8 +64,8 @@ class Session:
 
     build: Build
     threads: int = 0
-    # The record of engines that are still to be proven; none to run what `backend_of` says.
-    engines: str = ""
+    # None: what `backend_of` says.
+    choice: Choice | None = None
     _open: dict[str, OpenStage] = field(default_factory=dict)
     # Pictures may be judged at once; each stage is opened by the first that needs it.
     _opening: threading.Lock = field(default_factory=threading.Lock)
@@ -85,7 +84,7 @@ class Session:
             with clock("preprocess"):
                 tiles = image_tiles(image, facts["tile_size"], facts["min_tiles"], facts["max_tiles"])
             prefix = self.read_prefix(self.see(tiles, clock), clock)
-            logits = self.ask("verdict", prefix, clock)[0]
+            logits = np.asarray(self.ask("verdict", prefix, clock))[0]
             _refuse_not_finite("language", "verdict_logits", logits)
             probability = fake_probability(logits, thresholds.get("temperature", 1.0))
             mask: NDArray[np.bool_] | None = None
@@ -139,13 +138,12 @@ class Session:
         """What the backend is told of how to run stages."""
         target = self.build.manifest.data["target"]
         options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
-        if self.engines:
-            options["record"] = self.engines
-        return {**options, "as_written": True} if self.backend() != target["backend"] else options
+        as_written = {"as_written": True} if self.backend() != target["backend"] else {}
+        return {**options, **as_written, **(self.choice.options if self.choice else {})}
 
     def backend(self) -> str:
         """What runs the stages here."""
-        return ENGINES if self.engines else backend_of(self.build)
+        return self.choice.backend if self.choice else backend_of(self.build)
 
     def _make_room_for(self, stage: str) -> None:
         """Where not all stages may be open at once, close those of other phases."""
@@ -275,8 +273,8 @@ class Session:
         features, encoding = ahead.result() if ahead else self._encode_whole(image, Clock())
         clock.add(encoding)
         decoded = self.run("mask_decoder", {**features, "seg_embedding": embedding}, clock)
-        _refuse_not_finite("mask_decoder", "mask_logits", decoded["mask_logits"])
-        logits: Array = decoded["mask_logits"][0]
+        logits: Array = np.asarray(decoded["mask_logits"])[0]
+        _refuse_not_finite("mask_decoder", "mask_logits", logits)
         return logits
 
 
@@ -295,6 +293,6 @@ def _refuse_not_finite(stage: str, output: str, values: NDArray[Any]) -> None:
         )
 
 
-def open_session(build: Build, threads: int = 0) -> Session:
-    """Open a build for judging. `threads`: 0 = one for each core."""
-    return Session(build, threads)
+def open_session(build: Build, threads: int = 0, choice: Choice | None = None) -> Session:
+    """Open a build for judging. `threads`: 0 = one for each core. choice: of a backend, if not what the build has."""
+    return Session(build, threads, choice)

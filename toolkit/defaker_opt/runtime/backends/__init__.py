@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,20 @@ class OpenStage(Protocol):
     """A stage ready to run."""
 
     def __call__(self, tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        """Run once: input arrays by name → the requested outputs by name."""
+        """Run once: input arrays by name → the requested outputs by name.
+
+        Outputs may lie on a device: then they are what the next stage, `numpy.concatenate` and indexing take, and
+        `numpy.asarray` reads them.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend in place of the one that a build has here, and what it is told beside the target's options."""
+
+    backend: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""Patterns of linear layers, as `graph/qdq.py` and the exporter write them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from defaker_opt.runtime.torch_graph.graph import Graph, Node, Rewrite
+from defaker_opt.runtime.torch_graph.products import pack_int4
+
+_CODES = (torch.int8, torch.float8_e4m3fn)
+
+# Operators of ours that take a bias as their last input.
+_TAKE_BIAS = ("QuantizedLinear", "BlockLinear", "Linear")
+
+Match = Callable[[Graph, Node], Rewrite | None]
+
+
+def quantized_linear(compute: torch.dtype) -> Match:
+    """MatMul of decoded activations and decoded weights → one product of codes."""
+
+    def match(graph: Graph, node: Node) -> Rewrite | None:
+        if node.operator != "MatMul":
+            return None
+        # What is decoded may be read by several layers, so uses do not matter.
+        given, weight = (graph.producers.get(name) for name in node.inputs)
+        if not (_decodes(given) and _decodes(weight)):
+            return None
+        assert given is not None and weight is not None
+        codes, step = graph.constants.get(weight.inputs[0]), graph.constants.get(given.inputs[1])
+        zero = graph.constants.get(given.inputs[2]) if len(given.inputs) > 2 else None
+        scale = graph.constants.get(weight.inputs[1])
+        if codes is None or step is None or zero is None or scale is None or "block_size" in weight.attributes:
+            return None
+        if codes.dtype not in _CODES or zero.dtype != codes.dtype or bool(zero.float().any()) or codes.ndim != 2:
+            return None
+        return _replacement(
+            "QuantizedLinear", node, (given.inputs[0],), (codes.t().contiguous(), (step * scale).float()), compute
+        )
+
+    return match
+
+
+def _decodes(node: Node | None) -> bool:
+    return node is not None and node.operator == "DequantizeLinear"
+
+
+def _replacement(
+    operator: str, node: Node, given: tuple[str, ...], stored: tuple[Tensor, ...], compute: torch.dtype
+) -> Rewrite:
+    names = tuple(f"{node.name}.lowered_{place}" for place in range(len(stored)))
+    return Rewrite(
+        Node(operator, node.name, (*given, *names), node.output, {"compute": compute}), dict(zip(names, stored))
+    )
+
+
+def block_linear(compute: torch.dtype) -> Match:
+    """Cast(MatMul(Cast(x), decoded blocks of 4 bits)) → one product with weights of 4 bits."""
+
+    def match(graph: Graph, node: Node) -> Rewrite | None:
+        product = graph.producer(node.inputs[0], "MatMul") if node.operator == "Cast" else None
+        if product is None:
+            return None
+        narrow, weight = (graph.producers.get(name) for name in product.inputs)
+        if narrow is None or narrow.operator != "Cast" or not _decodes(weight):
+            return None
+        assert weight is not None
+        codes, scale = (graph.constants.get(name) for name in weight.inputs[:2])
+        if codes is None or scale is None or len(weight.inputs) > 2 or weight.attributes.get("axis") != 0:
+            return None
+        if not weight.attributes.get("block_size") or scale.dtype != torch.float16 or len(codes) % 2:
+            return None
+        named = dataclasses.replace(node, name=product.name)
+        return _replacement("BlockLinear", named, (narrow.inputs[0],), (pack_int4(codes), scale), compute)
+
+    return match
+
+
+def float_linear(compute: torch.dtype) -> Match:
+    """MatMul by a stored matrix → a linear layer in `compute`, but for what is an output: the verdict stays float32."""
+
+    def match(graph: Graph, node: Node) -> Rewrite | None:
+        weight = graph.constants.get(node.inputs[1]) if node.operator == "MatMul" else None
+        if weight is None or weight.ndim != 2 or weight.dtype != torch.float32 or node.inputs[0] in graph.constants:
+            return None
+        kind = torch.float32 if node.output in graph.outputs else compute
+        return _replacement("Linear", node, node.inputs[:1], (weight.t().contiguous().to(kind),), kind)
+
+    return match
+
+
+def bias(graph: Graph, node: Node) -> Rewrite | None:
+    """Add of a stored vector after a linear layer → the layer's bias."""
+    if node.operator != "Add":
+        return None
+    for side, other in (node.inputs, reversed(node.inputs)):
+        vector = graph.constants.get(other)
+        layer = next((found for name in _TAKE_BIAS if (found := graph.producer(side, name))), None)
+        if layer is None or vector is None or vector.ndim != 1 or len(layer.inputs) != _WITHOUT_BIAS[layer.operator]:
+            continue
+        name = f"{layer.name}.lowered_bias"
+        fused = dataclasses.replace(layer, inputs=(*layer.inputs, name), output=node.output)
+        return Rewrite(fused, {name: vector.to(layer.attributes["compute"])})
+    return None
+
+
+_WITHOUT_BIAS = {"QuantizedLinear": 3, "BlockLinear": 3, "Linear": 2}
