@@ -205,8 +205,9 @@ def test_which_tiles_are_encoded(savings: dict[str, bool], encoded: int, float_b
     """Four tiles of which three are equal, where five are the most."""
     session = open_session(changed(open_build(float_build), **savings))
     counted = Counted(session)
-    tiles = np.zeros((4, 3, 224, 224), np.float32)
-    tiles[2] = np.random.default_rng(0).standard_normal((3, 224, 224))
+    size = session.build.manifest.data["input"]["tile_size"]
+    tiles = np.zeros((4, 3, size, size), np.float32)
+    tiles[2] = np.random.default_rng(0).standard_normal((3, size, size))
     tiles[[0, 1, 3]] = 1.5
     seen = session.see(tiles, Clock())
     assert counted.tiles == encoded
@@ -218,8 +219,9 @@ def test_which_tiles_are_encoded(savings: dict[str, bool], encoded: int, float_b
 def test_tiles_that_differ_in_one_value_are_both_encoded(float_build: Path) -> None:
     session = open_session(open_build(float_build))
     counted = Counted(session)
-    tiles = np.zeros((2, 3, 224, 224), np.float32)
-    tiles[1, 2, 223, 223] = np.float32(1e-30)
+    size = session.build.manifest.data["input"]["tile_size"]
+    tiles = np.zeros((2, 3, size, size), np.float32)
+    tiles[1, 2, -1, -1] = np.float32(1e-30)
     session.see(tiles, Clock())
     assert counted.tiles == 2
 
