@@ -117,7 +117,7 @@ def test_each_step_gives_what_onnx_runtime_gives(recipe: str, stage: str, builds
 
     Sums of floats in another order differ by some 1e-6, by 2e-5 where they cancel (ours of int8 codes are exact). Codes
     differ where such a sum, or the error function of GELU and the exponential of SiLU in another library, falls on the
-    other side of an edge: some 10 of 10⁵, most where GELU is all but 0 and the error function cancels.
+    other side of an edge: some 30 of 10⁵, most where GELU is all but 0 and the error function cancels.
     """
     build = shared_build(builds, recipe)
     file = build / f"{stage}.onnx"
@@ -137,7 +137,7 @@ def _assert_close(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     if theirs.dtype in (torch.int8, torch.float8_e4m3fn):
         assert ours.dtype == theirs.dtype, name
         unequal = ours.float() != theirs.float()
-        assert unequal.sum() <= 2 + 3e-4 * unequal.numel(), name
+        assert unequal.sum() <= 2 + 1e-3 * unequal.numel(), name
         # Codes in order: FP8 without its sign is ordered as its bytes are.
         apart = (ours[unequal].view(torch.int8).int() - theirs[unequal].view(torch.int8).int()).abs()
         assert not len(apart) or apart.max() <= 1, name
