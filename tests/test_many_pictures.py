@@ -33,7 +33,7 @@ def test_results_come_in_order_and_few_are_begun(workers: int, ahead: int) -> No
         with lock:
             taken[0] += 1
     assert results == [item * item for item in range(40)]
-    assert most[0] <= ahead + 1
+    assert most[0] <= ahead + 1, "one is taken while another begins"
 
 
 def test_an_error_is_raised_in_its_turn_and_ends_the_work() -> None:
@@ -51,6 +51,36 @@ def test_an_error_is_raised_in_its_turn_and_ends_the_work() -> None:
             results.append(result)
     assert results == [0, 1, 2]
     assert len(begun) < 8
+
+
+@pytest.mark.parametrize("failing", ["first", "second"])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_in_a_chain_what_was_done_before_an_error_comes_out(failing: str, workers: int) -> None:
+    def fail_at_five(step: str, item: int) -> int:
+        if failing == step and item == 5:
+            raise ValueError("five")
+        return item
+
+    first = in_order(lambda item: fail_at_five("first", item), range(40), 1, workers + 1)
+    results = []
+    with pytest.raises(ValueError, match="five"):
+        for result in in_order(lambda item: fail_at_five("second", item), first, workers, workers + 1):
+            results.append(result)
+    assert results == [0, 1, 2, 3, 4]
+
+
+def test_a_result_is_not_held_back_for_the_next() -> None:
+    may_end = threading.Event()
+
+    def work(item: int) -> int:
+        if item:
+            assert may_end.wait(20)
+        return item
+
+    results = in_order(work, range(3), 1, 2)
+    assert next(results) == 0
+    may_end.set()
+    assert list(results) == [1, 2]
 
 
 @pytest.fixture(scope="module")

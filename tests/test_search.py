@@ -29,8 +29,9 @@ from defaker_opt.runtime.backends import find_backend
 from defaker_opt.samples import Samples, load_samples
 from defaker_opt.search import LOSSES, Budget, Ledger, Offer, fitted_name, offered_schemes, parse_budget
 from defaker_opt.search.measure import layer_shapes
-from defaker_opt.search.recipe import recipe_data, rules_of, write_recipe
-from defaker_opt.search.sensitivity import _as_batch, _projections, measure_harms, round_input
+from defaker_opt.search.recipe import _NUMBER, recipe_data, rules_of, write_recipe
+from defaker_opt.search.run import _corrected
+from defaker_opt.search.sensitivity import Blocks, _as_batch, _projections, measure_harms, round_input
 from defaker_opt.search.solve import front, smallest_within, solve
 from defaker_opt.target import load_target
 from defaker_opt.training import Parts
@@ -99,7 +100,7 @@ def test_harm_is_what_a_really_rounded_layer_does(name: str) -> None:
     assert name in SHAPES, f"{name} is no linear layer"
     samples = few_samples(2)
     seen = measure_harms(
-        DETECTOR, Samples("one", "", samples.items[:1]), {name: ("float", "int8-token")}, lambda *_: None
+        DETECTOR, Samples("one", "", samples.items[:1]), {name: ("float", "int8-token")}, Blocks(), lambda *_: None
     )
     moved = disturbed_plain(name, "int8-token", next(samples.images()))
     got = np.sqrt(seen.harms[name]["int8-token"])
@@ -112,7 +113,7 @@ def test_harm_is_what_a_really_rounded_layer_does(name: str) -> None:
 def test_coarser_formats_harm_more() -> None:
     names = WATCHED[:4]
     offered = {name: offered_schemes(CPU, SHAPES[name]) for name in names}
-    seen = measure_harms(DETECTOR, few_samples(6), offered, lambda *_: None)
+    seen = measure_harms(DETECTOR, few_samples(6), offered, Blocks(), lambda *_: None)
     harm = {
         scheme: np.sum([seen.harms[name][scheme] for name in names], axis=0)
         for scheme in ("int8-token", "int4-g32", "int4-g128")
@@ -216,6 +217,47 @@ def test_a_gentler_choice_is_the_smallest_of_its_harm(seed: int) -> None:
     assert smallest_within(ledger, harm / 2, latency_ms=0.4) is None
 
 
+def test_harm_is_kept_also_where_one_layer_does_nearly_all_of_it() -> None:
+    """The solver takes sums for equal that differ by a millionth, and a gentler choice may be a millionth of the worst."""
+    ledger = drawn_ledger(6, 2)
+    name = next(iter(ledger.offers))
+    loud = {scheme: dataclasses.replace(offer, harm=(1e7,) * 3) for scheme, offer in ledger.offers[name].items()}
+    loud["float"] = ledger.offers[name]["float"]
+    ledger = dataclasses.replace(ledger, offers={**ledger.offers, name: loud})
+    harm = ledger.harm(
+        solve(ledger, Budget(size_mb=ledger.size_mb({**dict.fromkeys(ledger.offers, "int8"), name: "float"})))
+    )
+    assert 0 < harm < 1e-6
+    for _ in range(4):
+        found = smallest_within(ledger, harm / 2)
+        assert found is not None
+        assert ledger.harm(found) <= harm / 2 * (1 + 1e-6)
+        harm = ledger.harm(found)
+
+
+def test_without_a_budget_the_smallest_comes_first() -> None:
+    ledger = drawn_ledger(7, 4)
+    assert ledger.size_mb(solve(ledger, parse_budget([]))) == min(map(ledger.size_mb, every_choice(ledger)))
+
+
+def test_a_first_build_corrects_what_is_predicted_of_the_others() -> None:
+    ledger = drawn_ledger(5, 5)
+    formats = solve(ledger, Budget())
+    corrected = _corrected(ledger, formats, (ledger.size_mb(formats) + 0.25, ledger.latency_ms(formats) - 7.0))
+    other = dict.fromkeys(ledger.offers, "float")
+    assert corrected.size_mb(other) == pytest.approx(ledger.size_mb(other) + 0.25)
+    assert corrected.latency_ms(other) == pytest.approx(ledger.latency_ms(other) - 7.0)
+
+
+def test_blocks_are_the_calls_that_a_target_makes() -> None:
+    tiles, prefix = torch.zeros(5, 257, 8), torch.zeros(1, 700, 8)
+    blocks = Blocks(tiles=2, tokens=512)
+    assert [len(part) for part in blocks.calls("vision_encoder.a", tiles)] == [2, 2, 1]
+    assert [part.shape[1] for part in blocks.calls("language.a", prefix)] == [512, 188]
+    assert [part.shape for part in blocks.calls("mask_encoder.a", tiles)] == [tiles.shape]
+    assert [part.shape for part in Blocks().calls("vision_encoder.a", tiles)] == [tiles.shape]
+
+
 def test_the_front_rises_in_size_and_falls_in_harm() -> None:
     ledger = drawn_ledger(12, 1)
     points = [(ledger.size_mb(choice), ledger.harm(choice)) for choice in front(ledger)]
@@ -247,6 +289,14 @@ def test_rules_say_what_was_chosen(seed: int, tmp_path: Path) -> None:
     assert isinstance(quantize, Quantize)
     said = quantize.check(DETECTOR.config, CPU).schemes
     assert said == {name: fitted_name(scheme, SHAPES[name][1]) for name, scheme in choice.items()}
+
+
+@pytest.mark.parametrize("pattern", sorted({_NUMBER.sub("*", name) for name in SHAPES}))
+def test_rules_of_one_kind_of_layers_reach_no_other(pattern: str, tmp_path: Path) -> None:
+    choice: dict[str, SchemeName] = {name: "float" if _NUMBER.sub("*", name) == pattern else "int8" for name in SHAPES}
+    recipe = write_recipe(recipe_data(choice, "found", "reference", "cpu", "embedded", {}), tmp_path / "auto.yaml")
+    said = recipe.passes[0].check(DETECTOR.config, CPU).schemes
+    assert said == choice
 
 
 def test_alike_layers_share_a_rule() -> None:
@@ -293,6 +343,18 @@ def test_options_that_do_not_fit_are_refused(options: tuple[str, ...], words: st
     assert done.returncode == 2
     assert words in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "found.search").mkdir()
+    (tmp_path / "found.search" / "auto.yaml").write_text("mine")
+    for options, words in (((), "already there; choose another --output, or replace"), (("--replace",), "not ours")):
+        if options:
+            (tmp_path / "found").mkdir()
+        done = defaker_opt("quantize", "--recipe", "auto", "-o", tmp_path / "found", *options)
+        assert done.returncode == 2
+        assert words in " ".join(done.stderr.split())
+        assert (tmp_path / "found.search" / "auto.yaml").read_text() == "mine"
 
 
 @pytest.fixture(scope="module")

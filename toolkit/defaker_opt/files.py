@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ def held(work: Path, busy: DefakerError) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def move_folder(new: Path, place: Path) -> None:
+    """Give a finished folder its name; what has that name is moved aside first, and removed last."""
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(new, place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

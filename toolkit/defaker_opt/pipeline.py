@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -27,8 +26,8 @@ from defaker_opt.detector import (
     source_folder,
 )
 from defaker_opt.errors import BuildError, PassError, SourceError, write_failure
-from defaker_opt.files import default_cache_folder, held, read_json_object, write_json
-from defaker_opt.gptq_folder import is_written, write_gptq
+from defaker_opt.files import default_cache_folder, held, move_folder, read_json_object, write_json
+from defaker_opt.gptq_folder import check_apart, hold, is_written, write_gptq
 from defaker_opt.gptq_folder.layout import Layout, find_layout
 from defaker_opt.progress import Progress, part_of
 from defaker_opt.recipe import Recipe, pass_name
@@ -146,17 +145,18 @@ def make_build(job: Job, output: Path, progress: Progress, replace: bool = False
     gets its name only when it is complete. Raises BuildError if something else is at `output` and `replace` is not set.
     """
     existing = _existing_build(job, output, replace)
+    layout = check_gptq(job, gptq, output) if gptq else None
     wanted = gptq if gptq and not is_written(gptq, job.key) else None
     if existing and not wanted:
         return existing
     work = output.with_name(f".{output.name}.partial")
     busy = BuildError(f"{work}: another process is making this build; wait, or choose another --output")
     try:
-        with held(work, busy):
+        with held(work, busy), hold(wanted):
             _prepare(work, job)
             detector, notes = _apply_passes(job, work, progress)
-            if wanted:
-                write_gptq(detector, check_gptq(job, wanted), wanted, source_folder(job.source), job.key, progress)
+            if wanted and layout:
+                write_gptq(detector, layout, wanted, source_folder(job.source), job.key, progress)
             if existing:
                 shutil.rmtree(work, ignore_errors=True)
                 return existing
@@ -164,15 +164,20 @@ def make_build(job: Job, output: Path, progress: Progress, replace: bool = False
             write_json(work / _CONTENT / MANIFEST, {**data, SEAL: seal(data)})
             progress("verify", 0.98)
             build = open_build(work / _CONTENT)
-            _move_into_place(work, output)
+            move_folder(work / _CONTENT, output)
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise write_failure(work, error) from error
     progress("done", 1.0)
     return dataclasses.replace(build, folder=output)
 
 
-def check_gptq(job: Job, folder: Path) -> Layout:
-    """How the language part of a job will lie in a GPTQ checkpoint. Raises DefakerError if it or the folder cannot."""
+def check_gptq(job: Job, folder: Path, output: Path) -> Layout:
+    """How the language part of a job will lie in a GPTQ checkpoint.
+
+    output: where the build goes. Raises DefakerError if codes have no place there, or if it has none beside the build.
+    """
+    check_apart(folder, output)
     schemes: dict[str, str] = {}
     factored: set[str] = set()
     for each in job.recipe.passes:
@@ -263,17 +268,6 @@ def _stage_shares(detector: Detector, stages: tuple[str, ...]) -> dict[str, floa
         stage: sum(math.prod(shape) for shape in parameter_shapes(detector.config, stage).values()) for stage in stages
     }
     return {stage: size / sum(sizes.values()) for stage, size in sizes.items()}
-
-
-def _move_into_place(work: Path, output: Path) -> None:
-    """Give the finished folder its name; an old build is moved aside first, and removed last."""
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.replace(output, old)
-    os.replace(work / _CONTENT, output)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def build_bytes(build: Build) -> int:

@@ -49,6 +49,8 @@ def run(
         raise DefakerError(f"run: --backend: {one_of(backend, module_names('runtime.backends'))}")
     if bool(images) == self_test:
         raise DefakerError("run: give either images or --self-test")
+    if self_test and concurrency > 1:
+        raise DefakerError(f"--concurrency {concurrency}: --self-test judges one picture; leave one of them out")
     session = open_session(open_build(build), _threads_each(threads, concurrency), Choice(backend) if backend else None)
     if concurrency > 1:
         _check_concurrency(session, concurrency)
@@ -152,12 +154,10 @@ def _judge_all(session: Session, images: list[tuple[str, Place]], wish: Wish) ->
         except BuildError as error:
             return {"image": path, "error": str(error), **_identity(session)}
 
-    def write(judged: Judged) -> dict[str, Any]:
-        return judged if isinstance(judged, dict) else _write(session, *judged)
-
     ahead = wish.concurrency + 1
     loaded = in_order(load, images, 1, ahead)
-    yield from in_order(write, in_order(judge, loaded, wish.concurrency, ahead), 1, 2)
+    for judged in in_order(judge, loaded, wish.concurrency, ahead):
+        yield judged if isinstance(judged, dict) else _write(session, *judged)
 
 
 def _write(session: Session, image: Image.Image, verdict: Verdict, path: str, place: Place) -> dict[str, Any]:

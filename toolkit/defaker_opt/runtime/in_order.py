@@ -14,17 +14,29 @@ Result = TypeVar("Result")
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
     """`work` on every item, by so many threads; at most `ahead` items (1 or more) are begun and not yet taken.
 
-    An error of an item is raised when its turn comes; what is not begun by then never is.
+    An error, of an item or of `items`, is raised when its turn comes, after the results of all items before it; what is
+    not begun by then never is.
     """
     pending: deque[Future[Result]] = deque()
+    source = iter(items)
+    broken: BaseException | None = None
     with ThreadPoolExecutor(workers) as executor:
         try:
-            for item in items:
-                pending.append(executor.submit(work, item))
-                if len(pending) >= ahead:
-                    yield pending.popleft().result()
-            while pending:
+            while True:
+                while broken is None and len(pending) < ahead:
+                    try:
+                        pending.append(executor.submit(work, next(source)))
+                    except StopIteration:
+                        break
+                    except Exception as error:  # noqa: BLE001 - raised again when its turn has come
+                        broken = error
+                if not pending:
+                    break
                 yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
+            if isinstance(source, Iterator) and hasattr(source, "close"):
+                source.close()
+    if broken is not None:
+        raise broken

@@ -35,7 +35,8 @@ class RecordingSession(Session):
         """See `Session`."""
         given = dict(tensors)
         results = super().run(stage, tensors, clock, outputs)
-        self.calls.append(Call(stage, given, tuple(results), results))
+        # The session takes key/values out of what it is given, to hold them once.
+        self.calls.append(Call(stage, given, tuple(results), dict(results)))
         return results
 
 

@@ -24,14 +24,14 @@ from defaker_opt.target import Target
 # What layers are offered, where the target has it. Blocks of 4 bits are fitted with the method that loses least.
 OFFERED: tuple[SchemeName, ...] = ("float", "int8", "int8-token", "int4-g128", "int4-g32")
 
-# A build may miss a budget by this share before it counts as missed: rounding of sizes, noise of clocks.
+# A build may miss a budget of milliseconds by this share before it counts as missed: the noise of clocks.
 TOLERANCE = 0.02
 
 # The outputs that harm is measured at.
 LOSSES = ("verdict", "segment", "mask")
 
 # Weight name → scheme name.
-Choice = Mapping[str, SchemeName]
+Formats = Mapping[str, SchemeName]
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,15 @@ class Ledger:
     other_bytes: int
     other_ms: float
 
-    def size_mb(self, choice: Choice) -> float:
+    def size_mb(self, choice: Formats) -> float:
         """Of the stages that would be built, predicted."""
         return (self.other_bytes + sum(self.offers[name][scheme].bytes for name, scheme in choice.items())) / 1e6
 
-    def latency_ms(self, choice: Choice) -> float:
+    def latency_ms(self, choice: Formats) -> float:
         """Of one picture, predicted."""
         return self.other_ms + sum(self.offers[name][scheme].ms for name, scheme in choice.items())
 
-    def harm(self, choice: Choice) -> float:
+    def harm(self, choice: Formats) -> float:
         """Predicted; 1 if every layer had the format that harms it most. Each loss counts alike."""
         worst = self.worst()
         return math.fsum(self.share(self.offers[name][scheme], worst) for name, scheme in choice.items())
@@ -110,7 +110,7 @@ class Ledger:
         shares = [mine / whole for mine, whole in zip(offer.harm, worst) if whole > 0]
         return math.fsum(shares) / len(shares) if shares else 0.0
 
-    def uniform(self) -> dict[SchemeName, Choice]:
+    def uniform(self) -> dict[SchemeName, Formats]:
         """Every layer in one format, as far as it is offered that; the other layers stay float."""
         found = {scheme for offers in self.offers.values() for scheme in offers}
         return {
@@ -131,7 +131,7 @@ class Ledger:
 class Trial:
     """One build that was tried. predicted and measured: megabytes and milliseconds; harm: see `Ledger.harm`."""
 
-    choice: Choice
+    choice: Formats
     harm: float
     predicted: tuple[float, float]
     measured: tuple[float, float]
@@ -145,7 +145,7 @@ class Search:
 
     budget: Budget
     ledger: Ledger
-    front: tuple[Choice, ...]
+    front: tuple[Formats, ...]
     trials: tuple[Trial, ...]
 
     @property
@@ -155,9 +155,9 @@ class Search:
 
     @property
     def within_budget(self) -> bool:
-        """Whether the last trial, as measured, keeps the budget, but for what rounding and clocks explain."""
+        """Whether the last trial, as measured, keeps the budget, but for what clocks explain."""
         size_mb, latency_ms = self.trials[-1].measured
-        return self.budget.allows(size_mb / (1 + TOLERANCE), latency_ms / (1 + TOLERANCE))
+        return self.budget.allows(size_mb, latency_ms / (1 + TOLERANCE))
 
     def as_json(self) -> dict[str, Any]:
         """For the file beside the build; the front without its choices."""

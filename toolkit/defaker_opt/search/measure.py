@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ from defaker_opt.runtime.spec import STAGES
 from defaker_opt.samples import Samples
 from defaker_opt.search import Ledger, Offer, fitted_name, offered_schemes
 from defaker_opt.search.latency import Shape, time_layers
-from defaker_opt.search.sensitivity import Seen, measure_harms
+from defaker_opt.search.sensitivity import Blocks, Seen, measure_harms
 from defaker_opt.target import Target
 
 # Rounds in which a build is timed, and those before them.
@@ -44,7 +45,10 @@ def see(detector: Detector, samples: Samples, target: Target, cache: Path, progr
     """The sweep of `sensitivity`, once for a detector, its pictures, formats and this code; kept in `cache`."""
     offered = {name: offered_schemes(target, shape) for name, shape in layer_shapes(detector).items()}
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))).hexdigest()
-    key = json.dumps([source_digest(detector), samples.digest, offered, code], sort_keys=True)
+    blocks = Blocks(target.session.tiles, target.session.tokens)
+    key = json.dumps(
+        [source_digest(detector), samples.digest, offered, dataclasses.astuple(blocks), code], sort_keys=True
+    )
     path = cache / "sensitivity" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     kept = read_json_object(path)
     if kept is not None:
@@ -53,7 +57,7 @@ def see(detector: Detector, samples: Samples, target: Target, cache: Path, progr
             kept["picture"],
             {name: tuple(rows) for name, rows in kept["rows"].items()},
         )
-    seen = measure_harms(detector, samples, offered, progress)
+    seen = measure_harms(detector, samples, offered, blocks, progress)
     with whole_file(path) as partial:
         text = json.dumps({"harms": seen.harms, "picture": seen.picture, "rows": seen.rows})
         partial.write_text(text, encoding="utf-8")
@@ -87,7 +91,8 @@ def make_ledger(
     }
     other_bytes = build_bytes(reference) - sum(4 * math.prod(shape) for shape in shapes.values())
     whole_ms = time_build(reference, image, part_of(progress, 0.8, 0.2))
-    return Ledger(offers, other_bytes, max(0.0, whole_ms - sum(each["float"] for each in times.values())))
+    # Below 0 where stages run at once.
+    return Ledger(offers, other_bytes, whole_ms - sum(each["float"] for each in times.values()))
 
 
 def time_build(build: Build, image: Image.Image, progress: Progress) -> float:

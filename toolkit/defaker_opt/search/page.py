@@ -1,4 +1,4 @@
-"""front.html: what sizes cost in harm, what was tried, and what each layer became."""
+"""search.html: what sizes cost in harm, what was tried, and what each layer became."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from defaker_opt.report.style import STYLE
 from defaker_opt.report.svg import STYLE as PLOT_STYLE
 from defaker_opt.report.svg import Plot, as_svg, new_axes
 from defaker_opt.runtime.spec import STAGES
-from defaker_opt.search import OFFERED, Choice, Ledger, Search, Trial
+from defaker_opt.search import OFFERED, Formats, Ledger, Search, Trial
 
 # Nothing is fetched, whatever a name of a build may contain.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -105,14 +105,14 @@ def _layers(found: Search) -> Iterator[str]:
     schemes = [scheme for scheme in OFFERED if scheme in choice.values()]
     rows = []
     for stage in STAGES:
-        own: Choice = {name: scheme for name, scheme in choice.items() if name.partition(".")[0] == stage}
+        own: Formats = {name: scheme for name, scheme in choice.items() if name.partition(".")[0] == stage}
         counts = Counter(own.values())
         rows.append((stage, *(str(counts[scheme] or "") for scheme in schemes), f"{_megabytes(found.ledger, own):.2f}"))
     yield "<section><h2>Linear layers of each stage, by format</h2><div class='scroll'>"
     yield _table(("stage", *schemes, "MB"), rows) + "</div></section>"
 
 
-def _megabytes(ledger: Ledger, choice: Choice) -> float:
+def _megabytes(ledger: Ledger, choice: Formats) -> float:
     return sum(ledger.offers[name][scheme].bytes for name, scheme in choice.items()) / 1e6
 
 

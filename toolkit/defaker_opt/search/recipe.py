@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from defaker_opt.limits import Limit, limits_as_json
 from defaker_opt.methods import SchemeName
 from defaker_opt.recipe import Recipe, parse_recipe
 from defaker_opt.runtime.spec import STAGES
-from defaker_opt.search import METHODS, Choice
+from defaker_opt.search import METHODS, Formats
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -25,7 +26,7 @@ _BALANCE = {"image": 1, "text": 1, "answer": 1}
 
 
 def recipe_data(
-    choice: Choice, description: str, source: str, target: str, calibration: str, limits: Mapping[str, Limit]
+    choice: Formats, description: str, source: str, target: str, calibration: str, limits: Mapping[str, Limit]
 ) -> dict[str, Any]:
     """The content of a recipe's YAML file."""
     rules = [_rule(match, scheme) for match, scheme in rules_of(choice)]
@@ -48,7 +49,7 @@ def _rule(match: str, scheme: SchemeName) -> dict[str, Any]:
     return rule
 
 
-def rules_of(choice: Choice) -> Iterator[tuple[str, SchemeName]]:
+def rules_of(choice: Formats) -> Iterator[tuple[str, SchemeName]]:
     """Globs and schemes, the first that matches holds; exceptions first, each stage's most frequent scheme last."""
     for stage in STAGES:
         own = {name: scheme for name, scheme in choice.items() if name.partition(".")[0] == stage}
@@ -60,7 +61,9 @@ def rules_of(choice: Choice) -> Iterator[tuple[str, SchemeName]]:
             alike[_NUMBER.sub("*", name)][name] = scheme
         for pattern, members in alike.items():
             schemes = set(members.values())
-            if len(schemes) == 1:
+            # A star also matches dots, and so may reach further than the numbers that it stands for.
+            matched = [name for name in choice if fnmatchcase(name, pattern)]
+            if len(schemes) == 1 and len(matched) == len(members):
                 yield from ((pattern, scheme) for scheme in schemes if scheme != usual)
             else:
                 yield from ((name, scheme) for name, scheme in members.items() if scheme != usual)

@@ -52,18 +52,38 @@ class Seen:
     rows: Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What one call of a stage takes at the target: so many tiles, or tokens of the prefix; 0 is all of them."""
+
+    tiles: int = 0
+    tokens: int = 0
+
+    def calls(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A layer's input in the parts in which the target would call it: [tiles, …] of the vision encoder, or
+        [1, tokens, in] of the language stage.
+        """
+        stage = name.partition(".")[0]
+        if stage == "vision_encoder" and self.tiles:
+            return torch.split(x, self.tiles)
+        if stage == "language" and self.tokens and x.ndim == 3:
+            return torch.split(x, self.tokens, dim=1)
+        return (x,)
+
+
 @dataclass
 class _Watch:
     """Layers under observation: moves[name][scheme] collects ⟨∂z/∂y, Δ⟩ over the calls of one picture."""
 
     rounded: Mapping[str, Mapping[SchemeName, QuantizedWeight]]
+    blocks: Blocks
     moves: dict[str, dict[SchemeName, float]] = field(default_factory=dict)
     rows: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def on_call(self, name: str, module: nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
         """Note the call, and wait for the gradient of its result."""
         x = given[0].detach()
-        self.rows[name].append(x[..., 0].numel())
+        self.rows[name] += [part[..., 0].numel() for part in self.blocks.calls(name, x)]
         if result.requires_grad:
             result.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: self._on_gradient(name, module, x, gradient)
@@ -72,15 +92,22 @@ class _Watch:
     def _on_gradient(self, name: str, module: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
         assert isinstance(module, nn.Linear)
         moves = self.moves.setdefault(name, dict.fromkeys(self.rounded[name], 0.0))
-        pulled = gradient @ module.weight  # [..., in]; ⟨g, W x⟩ = ⟨g W, x⟩
-        before = float((pulled * x).sum())
+        parts = tuple(zip(self.blocks.calls(name, x), self.blocks.calls(name, gradient)))
         for scheme, codes in self.rounded[name].items():
             weight = torch.from_numpy(codes.dequantize())
-            moves[scheme] += float(((gradient @ weight) * round_input(x, scheme)).sum()) - before
+            for given, pull in parts:
+                # Differences first: the two sums are large and nearly equal.
+                rounded = round_input(given, scheme)
+                moved = (pull @ (weight - module.weight)) * rounded + (pull @ module.weight) * (rounded - given)
+                moves[scheme] += float(moved.sum())
 
 
 def measure_harms(
-    detector: Detector, samples: Samples, offered: Mapping[str, tuple[SchemeName, ...]], progress: Progress
+    detector: Detector,
+    samples: Samples,
+    offered: Mapping[str, tuple[SchemeName, ...]],
+    blocks: Blocks,
+    progress: Progress,
 ) -> Seen:
     """Sweep over all samples. offered: schemes by weight name, "float" among them does no harm.
 
@@ -88,7 +115,7 @@ def measure_harms(
     detector has no prompts.
     """
     model = JointModel(detector).eval()
-    watch = _Watch(_round_all(model, offered))
+    watch = _Watch(_round_all(model, offered), blocks)
     for name in offered:
         layer = model.get_submodule(name.removesuffix(".weight"))
         layer.register_forward_hook(lambda module, given, result, name=name: watch.on_call(name, module, given, result))

@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from defaker_opt.errors import DefakerError
-from defaker_opt.search import Budget, Choice, Ledger
+from defaker_opt.search import Budget, Formats, Ledger
 
 # Points of a front, between the smallest build and the one without harm.
 FRONT = 24
@@ -24,8 +24,8 @@ FRONT = 24
 # A sum of floats must not make a budget impossible that a choice keeps to the last digit; relative.
 _SLACK = 1e-9
 
-# HiGHS takes differences below 1e-6 for none, so costs are made large beside that.
-_LARGEST_COST = 1e4
+# HiGHS takes differences below 1e-6 for none, so sums are scaled until what is asked of them is large beside that.
+_SCALE = 1e4
 
 Numbers = NDArray[np.float64]
 
@@ -59,18 +59,17 @@ class _Table:
         rows = [layer[name] for name, _ in self.pairs]
         self.one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
 
-    def least(self, what: Numbers, limits: list[tuple[Numbers, float]]) -> Choice | None:
+    def least(self, what: Numbers, limits: list[tuple[Numbers, float]]) -> Formats | None:
         """The choice with the least sum of `what` among those whose sums keep the limits; None if there is none."""
         constraints = [LinearConstraint(self.one_each, 1, 1)]
-        constraints += [
-            LinearConstraint(spent[None], -np.inf, most + _SLACK * abs(most))
-            for spent, most in limits
-            if math.isfinite(most)
-        ]
+        for spent, most in limits:
+            if math.isfinite(most):
+                scale = _SCALE / abs(most) if most else 1.0
+                constraints.append(LinearConstraint(spent[None] * scale, -np.inf, most * scale + _SLACK * _SCALE))
         largest = what.max(initial=0.0)
         with _silence():
             answer = milp(
-                what * (_LARGEST_COST / largest) if largest > 0 else what,
+                what * (_SCALE / largest) if largest > 0 else what,
                 integrality=np.ones(len(what)),
                 bounds=Bounds(0, 1),
                 constraints=constraints,
@@ -81,12 +80,16 @@ class _Table:
         return {name: scheme for (name, scheme), taken in zip(self.pairs, answer.x) if taken > 0.5}
 
 
-def solve(ledger: Ledger, budget: Budget) -> Choice:
+def solve(ledger: Ledger, budget: Budget) -> Formats:
     """The choice with the least predicted harm whose predicted size and latency the budget allows.
 
-    Raises DefakerError if there is none, with the least there is.
+    Without a budget the smallest. Raises DefakerError if there is none, with the least there is.
     """
     table = _Table(ledger)
+    if budget == Budget():
+        smallest = table.least(table.size_mb, [])
+        assert smallest is not None
+        return smallest
     found = table.least(table.harm, _limits(table, ledger, budget))
     if found is not None:
         return found
@@ -106,13 +109,13 @@ def _limits(table: _Table, ledger: Ledger, budget: Budget) -> list[tuple[Numbers
     ]
 
 
-def smallest_within(ledger: Ledger, harm: float, latency_ms: float = math.inf) -> Choice | None:
+def smallest_within(ledger: Ledger, harm: float, latency_ms: float = math.inf) -> Formats | None:
     """The smallest choice that does at most so much harm, predicted; None if no choice is that fast."""
     table = _Table(ledger)
     return table.least(table.size_mb, [(table.harm, harm), (table.ms, latency_ms - ledger.other_ms)])
 
 
-def front(ledger: Ledger, latency_ms: float = math.inf) -> list[Choice]:
+def front(ledger: Ledger, latency_ms: float = math.inf) -> list[Formats]:
     """Choices with the least harm for a range of sizes, the smallest first, all within `latency_ms`."""
     table = _Table(ledger)
     ends = [
