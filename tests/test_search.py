@@ -192,7 +192,6 @@ def test_the_solver_finds_what_trying_everything_finds(seed: int) -> None:
     sizes = sorted(ledger.size_mb(choice) for choice in choices)
     times = sorted(ledger.latency_ms(choice) for choice in choices)
     for budget in (
-        Budget(),
         Budget(size_mb=sizes[len(sizes) // 5]),
         Budget(latency_ms=times[len(times) // 5]),
         Budget(sizes[len(sizes) // 2], times[len(times) // 3]),
@@ -218,7 +217,7 @@ def test_a_gentler_choice_is_the_smallest_of_its_harm(seed: int) -> None:
 
 
 def test_harm_is_kept_also_where_one_layer_does_nearly_all_of_it() -> None:
-    """The solver takes sums for equal that differ by a millionth, and a gentler choice may be a millionth of the worst."""
+    """The solver takes sums for equal that differ by a millionth, which may be all that gentle choices do."""
     ledger = drawn_ledger(6, 2)
     name = next(iter(ledger.offers))
     loud = {scheme: dataclasses.replace(offer, harm=(1e7,) * 3) for scheme, offer in ledger.offers[name].items()}
