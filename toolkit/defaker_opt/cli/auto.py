@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,18 +22,32 @@ _LIMITS = ("verdict_accuracy=0.01", "mask_iou=0.01")
 _EXIT = {"REJECT": EXIT_LIMIT_BROKEN, "UNDECIDED": EXIT_UNDECIDED}
 
 
-def quantize_auto(
-    source: str | None,
-    target: str | None,
-    output: Path | None,
-    replace: bool,
-    max_drop: list[str],
-    budget: list[str],
-    suites: list[str],
-    data: Path | None,
-    calibration: str,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """The options that only a search takes, as they were typed."""
+
+    max_drop: list[str] | None
+    budget: list[str] | None
+    suite: list[str] | None
+    data: Path | None
+    calibration: str
+
+    def given(self) -> dict[str, object]:
+        """By the names of the options."""
+        return {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Source, target and output as for any recipe; None for the defaults."""
+
+    source: str | None
+    target: str | None
+    output: Path | None
+    replace: bool
+
+
+def quantize_auto(asked: Asked, place: Place, as_json: bool) -> None:
     """Search, build and judge. Exit code 0: accepted and within the budget; 1 beyond it; 1 and 3 as `validate`."""
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.files import default_cache_folder
@@ -41,21 +56,22 @@ def quantize_auto(
     from defaker_opt.target import load_target
 
     started = time.perf_counter()
-    wanted = parse_budget(budget)
-    limits = choose_limits({"recipe": {}}, max_drop or list(_LIMITS))
-    aim = load_target(target or "cpu")
+    budget = parse_budget(asked.budget or [])
+    limits = choose_limits({"recipe": {}}, asked.max_drop or list(_LIMITS))
+    aim = load_target(place.target or "cpu")
     with progress_bar() as report:
         report("load torch", 0.0)
         from defaker_opt.detector import load_detector, write_source
         from defaker_opt.report.validation import Hands, Request
         from defaker_opt.search.run import NAME, Wish, search
 
-        origin = source or "reference"
+        origin = place.source or "reference"
         write_source(origin, lambda part, total: report("draw weights", part / total))
-        place = output or Path("exported") / f"{load_detector(origin).config.name}-{NAME}"
-        request = Request(tuple(suites or ["embedded"]), data, (), "calibration", 0, "", default_cache_folder())
-        wish = Wish(origin, aim, limits, wanted, calibration, request, Hands("processes", 0, 0))
-        found = search(wish, place, replace, report)
+        output = place.output or Path("exported") / f"{load_detector(origin).config.name}-{NAME}"
+        suites = tuple(asked.suite or ["embedded"])
+        request = Request(suites, asked.data, (), "calibration", 0, "", default_cache_folder())
+        wish = Wish(origin, aim, limits, budget, asked.calibration or "embedded", request, Hands("processes", 0, 0))
+        found = search(wish, output, place.replace, report)
     _print(found, time.perf_counter() - started, as_json)
     if not found.search.accepted:
         raise typer.Exit(_EXIT[found.search.trials[-1].decision])

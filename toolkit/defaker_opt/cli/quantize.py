@@ -90,16 +90,15 @@ def quantize(
     as_json: Json_ = False,
 ) -> None:
     """Make a compact build of a detector; a rerun goes on from the stages that are finished."""
-    from defaker_opt.cli.auto import quantize_auto, refuse_with_auto, refuse_without_auto
+    from defaker_opt.cli import auto
 
+    searching = auto.Asked(max_drop, budget, suite, data, calibration)
     if recipe == "auto":
         unfit = {"--dry-run": dry_run, "--never-slower": never_slower, "--gptq": gptq, "--locked": locked}
-        refuse_with_auto(unfit)
-        wishes = (max_drop or [], budget or [], suite or [], data, calibration or "embedded")
-        quantize_auto(source, target, output, replace, *wishes, as_json)
+        auto.refuse_with_auto(unfit)
+        auto.quantize_auto(searching, auto.Place(source, target, output, replace), as_json)
         return
-    searching = {"--max-drop": max_drop, "--budget": budget, "--suite": suite, "--data": data}
-    refuse_without_auto({**searching, "--calibration": calibration})
+    auto.refuse_without_auto(searching.given())
     started = time.perf_counter()
     job, place, build = _make(Asked(recipe, source, target, output, replace, dry_run, never_slower, gptq, locked))
     if build is None:
@@ -129,9 +128,9 @@ def _make(asked: Asked) -> tuple[Job, Path, Build | None]:
         job = plan_job(loaded, aim, source, report)
         if asked.locked:
             check_locked(job, asked.locked)
-        if asked.gptq:
-            check_gptq(job, asked.gptq)
         place = asked.output or Path("exported") / f"{job.detector.config.name}-{loaded.name}"
+        if asked.gptq:
+            check_gptq(job, asked.gptq, place)
         build = None if asked.dry_run else make_build(job, place, report, asked.replace, asked.gptq)
         if build is not None and asked.never_slower:
             build = _revert_slow(job, build, report)
