@@ -40,12 +40,12 @@ from rich.console import Console
 from rich.table import Table
 
 from defaker_opt.detector import Detector, load_detector
-from defaker_opt.profiles.measure import Call, RecordingSession
 from defaker_opt.profiles.work import count_file
 from defaker_opt.runtime import Session, open_build
 from defaker_opt.runtime.backends import Choice
 from defaker_opt.runtime.clock import Clock
 from defaker_opt.runtime.images import image_tiles, load_image
+from defaker_opt.runtime.recording import Call, RecordingSession
 from defaker_opt.runtime.spec import STAGES, StageSpec
 from defaker_opt.runtime.torch_graph.array import DeviceArray, to_tensor
 

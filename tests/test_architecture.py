@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,19 @@ def test_functions_fit_a_screen_and_files_300_lines(path: Path) -> None:
             assert caught not in ("", "Exception", "BaseException"), f"line {node.lineno}: a broad except"
         if isinstance(node, ast.Global):
             raise AssertionError(f"line {node.lineno}: module state that changes")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "profiling").glob("*.py")), ids=lambda path: path.name)
+def test_what_scripts_import_of_the_package_is_there(path: Path) -> None:
+    """No test runs them, so nothing else would notice that a name has moved."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("defaker_opt"):
+            continue
+        module = importlib.import_module(str(node.module))
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            there = hasattr(module, alias.name) or importlib.util.find_spec(inner) is not None
+            assert there, f"{path.name}:{node.lineno}: {node.module} has no {alias.name}"
 
 
 def test_nothing_committed_names_a_machine() -> None:

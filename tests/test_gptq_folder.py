@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from defaker_opt.checkpoint import Tensors, gptq, tensors_of
 from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import REFERENCE, Detector, linear_weights, load_detector, source_folder, stored_shapes
-from defaker_opt.errors import PassError, SourceError
-from defaker_opt.gptq_folder import is_written, write_gptq
+from defaker_opt.errors import DefakerError, PassError, SourceError
+from defaker_opt.gptq_folder import check_apart, hold, is_written, write_gptq
 from defaker_opt.gptq_folder.layout import Layout, find_layout
 from defaker_opt.methods import Statistics, parse_scheme
 from defaker_opt.methods.gptq import Gptq
@@ -208,6 +208,58 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
             is_written(place, key)
 
 
+def test_a_checkpoint_without_its_tensors_is_not_taken_for_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    write(detector_of(CONFIG, "int4-g64"), folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        SourceError, match=r"folder: .* damaged \(.*neither model\.safetensors.*remove it, and it is made anew"
+    ):
+        is_written(folder, "key")
+
+
+def test_a_folder_that_another_run_writes_is_left_to_it(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    with hold(folder):
+        words = r"folder: another process is writing .*wait, or choose another folder"
+        with pytest.raises(SourceError, match=words), hold(folder):
+            raise AssertionError
+        with hold(tmp_path / "other"), hold(None):
+            pass
+    with hold(folder):
+        write(detector_of(CONFIG, "int4-g64"), folder)
+        before = (folder / "config.json").stat().st_mtime_ns
+        # As for one that held it after the other had finished.
+        write(detector_of(CONFIG, "int4-g64"), folder)
+        assert (folder / "config.json").stat().st_mtime_ns == before
+    assert [path.name for path in folder.parent.iterdir()] == ["folder"]
+    (tmp_path / "file").touch()
+    with pytest.raises(DefakerError, match=r"file/folder: "), hold(tmp_path / "file" / "folder"):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("output", "folder"),
+    [
+        ("a", "a"),
+        ("a", "a/g"),
+        ("a/b", "a"),
+        ("a", "x/../a/"),
+        ("a", "link/g"),
+        ("link", "a"),
+        ("a", ".a.partial/g"),
+        ("a", ".a.old"),
+    ],
+)
+def test_a_build_and_its_checkpoint_may_not_overwrite_each_other(output: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    words = r"--gptq .*: the build goes to .*, and one would overwrite the other; give each .* example --gptq .*-gptq$"
+    with pytest.raises(SourceError, match=words):
+        check_apart(tmp_path / folder, tmp_path / output)
+    check_apart(tmp_path / "ab", tmp_path / "a")
+    check_apart(tmp_path / "x" / "g", tmp_path / "x" / "b")
+
+
 def test_a_build_and_its_checkpoint_are_made_of_the_same_codes(tmp_path: Path) -> None:
     build = tmp_path / "build"
     command = ("quantize", "--recipe", "int4-data-free", "--output", build, "--json", "--gptq")
@@ -236,4 +288,12 @@ def test_what_cannot_be_is_refused_before_any_work(options: tuple[str, ...], mes
     done = defaker_opt("quantize", *options, "-o", tmp_path / "build", "--gptq", tmp_path / "folder")
     assert done.returncode == 2
     assert message.split(".*")[0] in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_folder_for_both_is_refused_before_any_work(tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    done = defaker_opt("quantize", "--recipe", "int4-data-free", "-o", one, "--gptq", one)
+    assert done.returncode == 2
+    assert f"--gptq {one}: the build goes to {one}, and one would overwrite the other" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -176,6 +176,22 @@ def test_a_provider_that_is_not_there_is_said_and_never_replaced(float_build: Pa
         open_stage(file, spec, {"providers": ["CUDAExecutionProvider"]})
 
 
+@pytest.mark.parametrize(("base", "backend"), [("cpu", "onnx_runtime"), ("h200", "tensor_rt")])
+def test_a_type_that_the_backend_would_ignore_is_refused(base: str, backend: str, tmp_path: Path) -> None:
+    data = yaml.safe_load(yaml_names("profiling/targets")[base].read_text())
+    file = tmp_path / "mine.yaml"
+    for compute in ("float32", "bfloat16"):
+        data["session"] = {**data.get("session", {}), "compute": compute}
+        file.write_text(yaml.safe_dump(data))
+        if compute == "float32":
+            assert load_target(str(file)).backend == backend
+    words = (
+        rf"session\.compute: bfloat16 is chosen with .* torch_cuda alone, and backend is {backend}; leave it out, or"
+    )
+    with pytest.raises(ConfigError, match=words):
+        load_target(str(file))
+
+
 def test_a_target_may_name_providers(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     text = (

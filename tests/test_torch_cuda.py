@@ -46,7 +46,9 @@ def session_of(build: Path, **options: str) -> Session:
     return open_session(open_build(build), 1, Choice("torch_cuda", {**HERE, **options}))
 
 
-@pytest.mark.parametrize("recipe", CLOSE)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.slow) if name == "datacenter-int8" else name for name in CLOSE]
+)
 def test_verdicts_and_masks_are_those_of_onnx_runtime(recipe: str, builds: Path) -> None:
     build = shared_build(builds, recipe)
     ours, theirs = session_of(build), open_session(open_build(build), 1, Choice("onnx_runtime"))

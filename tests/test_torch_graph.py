@@ -32,7 +32,13 @@ from defaker_opt.runtime.torch_graph.products import attention, fused_attention,
 from defaker_opt.runtime.torch_graph.program import Program, count_operators, lower
 from tests.conftest import shared_build
 
-RECIPES = ("datacenter-fp8", "datacenter-int8", "jetson-int4", "float32")
+# The last two differ from the others in products of codes only.
+RECIPES = (
+    "datacenter-fp8",
+    "float32",
+    pytest.param("datacenter-int8", marks=pytest.mark.slow),
+    pytest.param("jetson-int4", marks=pytest.mark.slow),
+)
 CPU = torch.device("cpu")
 
 # Type of codes in ONNX Runtime's values that numpy has no name for.
@@ -176,6 +182,27 @@ def test_what_depends_on_sizes_alone_is_not_run_again(float_build: Path) -> None
     assert masks == ["causal", "causal", "none"]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_an_output_comes_from_is_float32(recipe: str, stage: str, builds: Path) -> None:
+    """Attention's values are the one exception, which are a layer's result in another order."""
+    file = shared_build(builds, recipe) / f"{stage}.onnx"
+    narrow, wide = (lower(read_graph(file), compute) for compute in (torch.bfloat16, torch.float32))
+    made = {name: narrow.producers[name].attributes.get("compute") for name in narrow.outputs}
+    layers = {name for name, kind in made.items() if kind is not None}
+    assert layers == {"vision_encoder": {"vision_tokens"}, "language": {"verdict_logits", "seg_embedding"}}.get(
+        stage, set()
+    )
+    assert {made[name] for name in layers} <= {torch.float32}
+    assert torch.bfloat16 in {node.attributes.get("compute") for node in narrow.nodes}
+    assert count_operators(narrow) == count_operators(wide)
+    call = next(call for call in _calls(shared_build(builds, recipe)) if call.stage == stage)
+    inputs = {name: torch.from_numpy(np.array(array)) for name, array in call.tensors.items()}
+    _, results = Program(narrow, CPU).specialize(inputs, call.outputs)
+    narrowed = {name for name, tensor in results.items() if tensor.dtype == torch.bfloat16}
+    assert narrowed == {name for name in results if name.startswith("present_value_")}
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 5), (3, 9), (1, 7)])
 def test_a_causal_mask_is_known_by_its_numbers(rows: int, columns: int) -> None:
     hidden = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
@@ -248,7 +275,7 @@ def test_products_are_called_as_cuda_wants_them() -> None:
     """Torch's own checks of types, sizes and strides, on tensors without numbers that say they lie on a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    products._ones.cache_clear()
+    products._kept_ones.cache_clear()
     with FakeTensorMode():
         scale, bias = torch.empty(41, device="cuda"), torch.empty(41, device="cuda")
         for kind in (torch.int8, torch.float8_e4m3fn):
@@ -259,7 +286,7 @@ def test_products_are_called_as_cuda_wants_them() -> None:
                     got, due, _ = products.multiply_codes({"compute": compute}, codes, weight, scale, bias)
                     assert got.is_cuda and got.shape == (2, rows, 41)
                     assert (due is None) == (kind != torch.int8 and compute == torch.bfloat16)
-    products._ones.cache_clear()
+    products._kept_ones.cache_clear()
 
 
 class _FakeCuda:

@@ -31,6 +31,10 @@ _FP8_SM = 89
 PLANNED_BACKENDS = ("onnx_runtime_web",)
 
 
+# The backend that takes the type of linear layers from `compute`; runtime/engines.py knows it as TORCH.
+_CHOOSES_TYPE = "torch_cuda"
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """How a backend runs stages. threads: for each stage, 0 = one for each core.
@@ -45,7 +49,7 @@ class SessionOptions:
     TensorrtExecutionProvider; none = the CPU's.
 
     compute: of the backend torch_cuda, the type that linear layers hand on, and of attention where the graph does not
-    say float16; norms, sums of residuals and what leaves a stage are float32 always.
+    say float16; norms, sums of residuals and what leaves a stage are float32 always, but for attention's values.
     """
 
     threads: int = 0
@@ -137,6 +141,7 @@ def load_target(name: str) -> Target:
     parsed = strict.parse(Target, data, "", report)
     if isinstance(parsed, Target):
         _check_codes(parsed, report)
+        _check_compute(parsed, report)
     if problems:
         raise ConfigError(path, problems)
     assert isinstance(parsed, Target)
@@ -151,6 +156,16 @@ def _check_codes(target: Target, report: strict.Report) -> None:
             "encodings.fp8-static",
             f"{target.encodings['fp8-static']} needs a GPU from SM {_FP8_SM} on, and device.versions.sm is {sm}; "
             "leave it out, and make builds with int8-static",
+        )
+
+
+def _check_compute(target: Target, report: strict.Report) -> None:
+    """Other backends compute as the graph says, and would ignore it."""
+    if target.session.compute != SessionOptions.compute and target.backend != _CHOOSES_TYPE:
+        report(
+            "session.compute",
+            f"{target.session.compute} is chosen with the backend {_CHOOSES_TYPE} alone, and backend is "
+            f"{target.backend}; leave it out, or set backend: {_CHOOSES_TYPE}",
         )
 
 

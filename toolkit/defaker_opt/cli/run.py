@@ -34,7 +34,9 @@ def run(
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Make a mask from this fake probability on.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also answer in words (recipe explain).")] = False,
     backend: Annotated[str, typer.Option(help="Run with this backend, such as torch_cuda; default: the build's.")] = "",
-    threads: Annotated[int, typer.Option(min=0, help="Threads for each stage; 0 means one for each core.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Threads for each stage on the CPU; 0 means one for each core.")
+    ] = 0,
     concurrency: Annotated[
         int, typer.Option(min=1, help="Pictures judged at once, sharing the cores: more an hour, each one slower.")
     ] = 1,

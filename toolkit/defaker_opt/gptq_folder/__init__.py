@@ -5,6 +5,7 @@ Codes are those of the build. Scales and everything that has no codes become flo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from defaker_opt import __version__
 from defaker_opt.checkpoint import gptq, tensors_of
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.errors import PassError, SourceError, write_failure
-from defaker_opt.files import read_json_object, write_json
+from defaker_opt.files import held, read_json_object, write_json
 from defaker_opt.gptq_folder.layout import Layout
 from defaker_opt.gptq_folder.model import LAYERS, model_config, model_name, own_name
 from defaker_opt.methods import QuantizedWeight, decode
@@ -36,12 +37,51 @@ _ALLOWED = 2.0**-11
 
 
 def is_written(folder: Path, key: str) -> bool:
-    """Whether the folder is there and of the job with this key. Raises SourceError if something else is there."""
+    """Whether the folder is there and of the job with this key. Raises SourceError if something else is there, or if
+    its tensors are not all there.
+    """
     if not folder.exists() and not folder.is_symlink():
         return False
-    if _settings(folder).get("meta", {}).get("plan_sha256") == key:
-        return True
-    raise SourceError(f"{folder}: already exists; choose another folder for --gptq or remove it")
+    if _settings(folder).get("meta", {}).get("plan_sha256") != key:
+        raise SourceError(f"{folder}: already exists; choose another folder for --gptq or remove it")
+    try:
+        open_weights(folder)
+    except SourceError as error:
+        raise SourceError(
+            f"{folder}: the GPTQ checkpoint of this very job, but damaged ({error}); remove it, and it is made anew"
+        ) from error
+    return True
+
+
+def check_apart(folder: Path, output: Path) -> None:
+    """Raise SourceError unless neither of checkpoint and build would lie in the other, or where the build is made."""
+    hidden = [output.parent / f".{output.name}.{end}" for end in ("partial", "old")]
+    ours = folder.resolve()
+    for place in (each.resolve() for each in (output, *hidden)):
+        if ours == place or ours in place.parents or place in ours.parents:
+            raise SourceError(
+                f"--gptq {folder}: the build goes to {output}, and one would overwrite the other; give each a folder "
+                f"outside of the other, for example --gptq {output.parent / (output.name or 'build')}-gptq"
+            )
+
+
+@contextlib.contextmanager
+def hold(folder: Path | None) -> Iterator[None]:
+    """Hold the folder to be written, if there is one. Raises DefakerError if another process does, or if it cannot."""
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            busy = SourceError(
+                f"{folder}: another process is writing this GPTQ checkpoint; wait, or choose another folder for --gptq"
+            )
+            try:
+                stack.enter_context(held(_partial(folder), busy))
+            except OSError as error:
+                raise write_failure(folder, error) from error
+        yield
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def gptq_facts(folder: Path) -> dict[str, Any]:
@@ -66,9 +106,13 @@ def _settings(folder: Path) -> dict[str, Any]:
 def write_gptq(detector: Detector, layout: Layout, folder: Path, tokenizer: Path, key: str, progress: Progress) -> None:
     """Write the folder: layers' codes, the two tables and norms in float16, configuration, the tokenizer's files.
 
-    tokenizer: the folder that has those. Raises DefakerError, and leaves nothing.
+    tokenizer: the folder that has those. Who else might write it is kept out by `hold`. Raises DefakerError, and leaves
+    nothing.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    # Another process may have finished it before this one held it.
+    if is_written(folder, key):
+        return
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

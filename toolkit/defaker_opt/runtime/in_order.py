@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# What an iterator gives when it has no more.
+_END: Any = object()
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
@@ -17,26 +20,25 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
     An error, of an item or of `items`, is raised when its turn comes, after the results of all items before it; what is
     not begun by then never is.
     """
-    pending: deque[Future[Result]] = deque()
-    source = iter(items)
-    broken: BaseException | None = None
-    with ThreadPoolExecutor(workers) as executor:
+    pending: deque[Future[Any]] = deque()
+    source, drained = iter(items), False
+    with ThreadPoolExecutor(workers) as executor, ThreadPoolExecutor(1) as puller:
         try:
             while True:
-                while broken is None and len(pending) < ahead:
-                    try:
-                        pending.append(executor.submit(work, next(source)))
-                    except StopIteration:
-                        break
-                    except Exception as error:  # noqa: BLE001 - raised again when its turn has come
-                        broken = error
+                while not drained and len(pending) < ahead:
+                    # Pulled by another thread, so that an error of `items` too is a future, and waits for its turn.
+                    item = puller.submit(next, source, _END)
+                    drained = item.exception() is not None or item.result() is _END
+                    if item.exception() is not None:
+                        pending.append(item)
+                    elif not drained:
+                        pending.append(executor.submit(work, item.result()))
                 if not pending:
-                    break
+                    return
                 yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
-            if isinstance(source, Iterator) and hasattr(source, "close"):
+            puller.shutdown()
+            if isinstance(source, Generator):
                 source.close()
-    if broken is not None:
-        raise broken

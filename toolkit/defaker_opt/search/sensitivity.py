@@ -92,13 +92,16 @@ class _Watch:
     def _on_gradient(self, name: str, module: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
         assert isinstance(module, nn.Linear)
         moves = self.moves.setdefault(name, dict.fromkeys(self.rounded[name], 0.0))
-        parts = tuple(zip(self.blocks.calls(name, x), self.blocks.calls(name, gradient)))
+        parts = tuple(
+            (given, pull, pull @ module.weight)
+            for given, pull in zip(self.blocks.calls(name, x), self.blocks.calls(name, gradient))
+        )
         for scheme, codes in self.rounded[name].items():
             weight = torch.from_numpy(codes.dequantize())
-            for given, pull in parts:
+            for given, pull, pulled in parts:
                 # Differences first: the two sums are large and nearly equal.
                 rounded = round_input(given, scheme)
-                moved = (pull @ (weight - module.weight)) * rounded + (pull @ module.weight) * (rounded - given)
+                moved = (pull @ (weight - module.weight)) * rounded + pulled * (rounded - given)
                 moves[scheme] += float(moved.sum())
 
 

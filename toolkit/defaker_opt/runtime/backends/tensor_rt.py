@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,10 +90,16 @@ class Engine:
         self._buffers: dict[str, Buffer] = defaultdict(Buffer)
         self._bounds = [self._bounds_of(index) for index in range(self._engine.num_optimization_profiles)]
         self._profile = 0
+        # Buffers are written and read by every call, so calls of several threads take turns.
+        self._turn = threading.Lock()
 
     def __call__(self, tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        """See `OpenStage`. Every output is computed; those that are asked for come back."""
+        """See `OpenStage`. Every output is computed; those that are asked for come back. Any thread may call."""
         check_input(self._spec, tensors)
+        with self._turn:
+            return self._run(tensors, outputs)
+
+    def _run(self, tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         self._choose_profile(tensors)
         given = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         for name, array in given.items():

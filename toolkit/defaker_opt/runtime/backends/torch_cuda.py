@@ -8,6 +8,7 @@ What is fast about it has not been measured on a GPU; that its numbers are those
 from __future__ import annotations
 
 import importlib
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,15 +98,20 @@ class Stage:
         self._spec, self._device = spec, device
         self._program = Program(graph, device)
         self._seen: OrderedDict[Any, tuple[Specialized | Captured, Mapping[str, Tensor]]] = OrderedDict()
+        # Graphs write to buffers of their own and share memory, so calls of several threads take turns.
+        self._turn = threading.Lock()
         on_gpu = device.type == "cuda"
         beside = on_gpu and spec.name == _BESIDE
         self._stream = torch.cuda.Stream(device) if beside else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
     def __call__(self, tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, Any]:
-        """See `OpenStage`. On a GPU results are arrays that lie there, and nothing waits until one is read."""
+        """See `OpenStage`. On a GPU results are arrays that lie there, and nothing waits until one is read.
+
+        Any thread may call: a result is a copy of a graph's buffer, so later calls leave it alone.
+        """
         check_input(self._spec, tensors)
-        with torch.inference_mode():
+        with self._turn, torch.inference_mode():
             if self._stream is None:
                 return self._finish(*self._run(tensors, outputs))
             self._stream.wait_stream(torch.cuda.current_stream(self._device))

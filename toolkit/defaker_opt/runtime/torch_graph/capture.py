@@ -20,6 +20,8 @@ class Captured:
 
     def __init__(self, program: Specialized, inputs: Mapping[str, Tensor], pool: Any) -> None:
         """pool: of memory, shared by graphs that never run at once and whose outputs are copied before the next."""
+        # Its steps hold masks and tables of these sizes, which the graph reads at their addresses.
+        self._program = program
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         device = next(iter(self._inputs.values())).device
         beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -19,77 +19,61 @@ _TAKE_BIAS = ("QuantizedLinear", "BlockLinear", "Linear")
 Match = Callable[[Graph, Node], Rewrite | None]
 
 
-def quantized_linear(compute: torch.dtype) -> Match:
+def quantized_linear(graph: Graph, node: Node) -> Rewrite | None:
     """MatMul of decoded activations and decoded weights → one product of codes."""
-
-    def match(graph: Graph, node: Node) -> Rewrite | None:
-        if node.operator != "MatMul":
-            return None
-        # What is decoded may be read by several layers, so uses do not matter.
-        given, weight = (graph.producers.get(name) for name in node.inputs)
-        if not (_decodes(given) and _decodes(weight)):
-            return None
-        assert given is not None and weight is not None
-        codes, step = graph.constants.get(weight.inputs[0]), graph.constants.get(given.inputs[1])
-        zero = graph.constants.get(given.inputs[2]) if len(given.inputs) > 2 else None
-        scale = graph.constants.get(weight.inputs[1])
-        if codes is None or step is None or zero is None or scale is None or "block_size" in weight.attributes:
-            return None
-        if codes.dtype not in _CODES or zero.dtype != codes.dtype or bool(zero.float().any()) or codes.ndim != 2:
-            return None
-        return _replacement(
-            "QuantizedLinear", node, (given.inputs[0],), (codes.t().contiguous(), (step * scale).float()), compute
-        )
-
-    return match
+    if node.operator != "MatMul":
+        return None
+    # What is decoded may be read by several layers, so uses do not matter.
+    given, weight = (graph.producers.get(name) for name in node.inputs)
+    if not (_decodes(given) and _decodes(weight)):
+        return None
+    assert given is not None and weight is not None
+    codes, step = graph.constants.get(weight.inputs[0]), graph.constants.get(given.inputs[1])
+    zero = graph.constants.get(given.inputs[2]) if len(given.inputs) > 2 else None
+    scale = graph.constants.get(weight.inputs[1])
+    if codes is None or step is None or zero is None or scale is None or "block_size" in weight.attributes:
+        return None
+    if codes.dtype not in _CODES or zero.dtype != codes.dtype or bool(zero.float().any()) or codes.ndim != 2:
+        return None
+    return _replacement("QuantizedLinear", node, (given.inputs[0],), (codes.t().contiguous(), (step * scale).float()))
 
 
 def _decodes(node: Node | None) -> bool:
     return node is not None and node.operator == "DequantizeLinear"
 
 
-def _replacement(
-    operator: str, node: Node, given: tuple[str, ...], stored: tuple[Tensor, ...], compute: torch.dtype
-) -> Rewrite:
+def _replacement(operator: str, node: Node, given: tuple[str, ...], stored: tuple[Tensor, ...]) -> Rewrite:
+    """A linear layer in float32; `settle_type` may narrow it."""
     names = tuple(f"{node.name}.lowered_{place}" for place in range(len(stored)))
-    return Rewrite(
-        Node(operator, node.name, (*given, *names), node.output, {"compute": compute}), dict(zip(names, stored))
-    )
+    layer = Node(operator, node.name, (*given, *names), node.output, {"compute": torch.float32})
+    return Rewrite(layer, dict(zip(names, stored)))
 
 
-def block_linear(compute: torch.dtype) -> Match:
+def block_linear(graph: Graph, node: Node) -> Rewrite | None:
     """Cast(MatMul(Cast(x), decoded blocks of 4 bits)) → one product with weights of 4 bits."""
-
-    def match(graph: Graph, node: Node) -> Rewrite | None:
-        product = graph.producer(node.inputs[0], "MatMul") if node.operator == "Cast" else None
-        if product is None:
-            return None
-        narrow, weight = (graph.producers.get(name) for name in product.inputs)
-        if narrow is None or narrow.operator != "Cast" or not _decodes(weight):
-            return None
-        assert weight is not None
-        codes, scale = (graph.constants.get(name) for name in weight.inputs[:2])
-        if codes is None or scale is None or len(weight.inputs) > 2 or weight.attributes.get("axis") != 0:
-            return None
-        if not weight.attributes.get("block_size") or scale.dtype != torch.float16 or len(codes) % 2:
-            return None
-        named = dataclasses.replace(node, name=product.name)
-        return _replacement("BlockLinear", named, (narrow.inputs[0],), (pack_int4(codes), scale), compute)
-
-    return match
+    product = graph.producer(node.inputs[0], "MatMul") if node.operator == "Cast" else None
+    if product is None:
+        return None
+    narrow, weight = (graph.producers.get(name) for name in product.inputs)
+    if narrow is None or narrow.operator != "Cast" or not _decodes(weight):
+        return None
+    assert weight is not None
+    codes, scale = (graph.constants.get(name) for name in weight.inputs[:2])
+    if codes is None or scale is None or len(weight.inputs) > 2 or weight.attributes.get("axis") != 0:
+        return None
+    if not weight.attributes.get("block_size") or scale.dtype != torch.float16 or len(codes) % 2:
+        return None
+    named = dataclasses.replace(node, name=product.name)
+    return _replacement("BlockLinear", named, (narrow.inputs[0],), (pack_int4(codes), scale))
 
 
-def float_linear(compute: torch.dtype) -> Match:
-    """MatMul by a stored matrix → a linear layer in `compute`, but for what is an output: the verdict stays float32."""
-
-    def match(graph: Graph, node: Node) -> Rewrite | None:
-        weight = graph.constants.get(node.inputs[1]) if node.operator == "MatMul" else None
-        if weight is None or weight.ndim != 2 or weight.dtype != torch.float32 or node.inputs[0] in graph.constants:
-            return None
-        kind = torch.float32 if node.output in graph.outputs else compute
-        return _replacement("Linear", node, node.inputs[:1], (weight.t().contiguous().to(kind),), kind)
-
-    return match
+def float_linear(graph: Graph, node: Node) -> Rewrite | None:
+    """MatMul by a stored matrix → a linear layer."""
+    weight = graph.constants.get(node.inputs[1]) if node.operator == "MatMul" else None
+    if weight is None or weight.ndim != 2 or weight.dtype != torch.float32 or node.inputs[0] in graph.constants:
+        return None
+    # `settle_type` copies it, once, into the order and the type that it stays in.
+    return _replacement("Linear", node, node.inputs[:1], (weight.t(),))
 
 
 def bias(graph: Graph, node: Node) -> Rewrite | None:
@@ -103,8 +87,38 @@ def bias(graph: Graph, node: Node) -> Rewrite | None:
             continue
         name = f"{layer.name}.lowered_bias"
         fused = dataclasses.replace(layer, inputs=(*layer.inputs, name), output=node.output)
-        return Rewrite(fused, {name: vector.to(layer.attributes["compute"])})
+        return Rewrite(fused, {name: vector})
     return None
+
+
+def settle_type(compute: torch.dtype) -> Match:
+    """A linear layer → the same in `compute`, but for one whose result is told or ranked: that stays float32.
+
+    Comes after `bias`, as before it such a layer is not yet what an output comes from.
+    """
+
+    def match(graph: Graph, node: Node) -> Rewrite | None:
+        if node.operator not in _TAKE_BIAS:
+            return None
+        kind = torch.float32 if _read_by(graph, node.output) <= _TOLD else compute
+        typed = node.inputs[1 if node.operator == "Linear" else _WITHOUT_BIAS[node.operator] :]
+        stored = {name: graph.constants[name].to(kind).contiguous() for name in typed}
+        return Rewrite(dataclasses.replace(node, attributes={"compute": kind}), stored)
+
+    return match
+
+
+# Operators that hand numbers on, and the ends of such ways where rounding is seen: outputs, and which is largest.
+_PASS_ON = ("Concat", "Gather", "GatherND", "Reshape", "Sigmoid", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+_TOLD = {"output", "ArgMax"}
+
+
+def _read_by(graph: Graph, name: str) -> set[str]:
+    """The operators that compute with a value, and "output" if it leaves the stage."""
+    found = {"output"} if name in graph.outputs else set()
+    for reader in (node for node in graph.nodes if name in node.inputs):
+        found |= _read_by(graph, reader.output) if reader.operator in _PASS_ON else {reader.operator}
+    return found
 
 
 _WITHOUT_BIAS = {"QuantizedLinear": 3, "BlockLinear": 3, "Linear": 2}

@@ -209,6 +209,12 @@ def _gelu(attributes: Attributes, x: Tensor) -> Tensor:
     return functional.gelu(x, approximate=_text(attributes.get("approximate", b"none")))
 
 
+def _divide(attributes: Attributes, left: Tensor, right: Tensor) -> Tensor:
+    """Of integers the quotient is one too, towards zero."""
+    whole = not (left.is_floating_point() or right.is_floating_point())
+    return torch.div(left, right, rounding_mode="trunc" if whole else None)
+
+
 def _power(attributes: Attributes, x: Tensor, exponent: Tensor) -> Tensor:
     return x.pow(exponent.item())
 
@@ -223,7 +229,7 @@ OPERATORS = MappingProxyType(
         "ConvTranspose": Operator(_convolve_transposed),
         "Cos": Operator(_plain(torch.cos)),
         "DequantizeLinear": Operator(dequantize),
-        "Div": Operator(_plain(torch.div)),
+        "Div": Operator(_divide),
         "Expand": Operator(_expand, frozenset({1})),
         "Gather": Operator(_gather, frozenset({1})),
         "GatherND": Operator(_gather_nd),

@@ -97,8 +97,14 @@ def _multiply_fp8_scaled(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tens
     return product.narrow(1, 0, weight.shape[0])
 
 
-@functools.lru_cache(maxsize=64)
 def _ones(rows: int, device: torch.device) -> Tensor:
+    """[rows, 1]. A captured CUDA graph reads it at its address, so its memory is never given back."""
+    return _kept_ones(1 << (rows - 1).bit_length(), device).narrow(0, 0, rows)
+
+
+# Of powers of two alone, so all of them together are no more than twice the largest.
+@functools.cache
+def _kept_ones(rows: int, device: torch.device) -> Tensor:
     return torch.ones(rows, 1, device=device)
 
 

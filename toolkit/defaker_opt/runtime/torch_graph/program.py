@@ -42,7 +42,8 @@ def lower(graph: Graph, compute: torch.dtype) -> Graph:
     """Put larger operators in the place of what they are written as. Raises BuildError for an operator nobody knows.
 
     compute: the type of what linear layers hand on, and of attention where the graph does not narrow it. Norms, sums,
-    softmax, convolutions and what leaves the stage stay float32.
+    softmax and convolutions stay float32, and so do linear layers whose result leaves the stage and is read by nothing
+    in it but an ArgMax. Attention's values, which are read in it too, leave the stage rounded to `compute`.
     """
     for node in graph.nodes:
         if node.operator not in TABLE:
@@ -51,10 +52,12 @@ def lower(graph: Graph, compute: torch.dtype) -> Graph:
                 f"{', '.join(sorted(OPERATORS))}; "
                 "make the build for a target with this backend, or run it with the backend that it is made for"
             )
-    for match in (linear.quantized_linear(compute), linear.block_linear(compute)):
+    coded: tuple[linear.Match, ...] = (linear.quantized_linear, linear.block_linear)
+    layers: tuple[linear.Match, ...] = (linear.float_linear, linear.bias, linear.settle_type(compute))
+    for match in coded:
         graph = rewritten(graph, match)
     graph = fold(graph)
-    for match in (linear.float_linear(compute), linear.bias, fusion.attention(compute), fusion.rms_norm):
+    for match in (*layers, fusion.attention(compute), fusion.rms_norm):
         graph = rewritten(graph, match)
     for match in (fusion.norm_quantize, fusion.gelu_quantize, fusion.gate_quantize):
         graph = rewritten(graph, match)
@@ -137,7 +140,7 @@ class Program:
         known, values = dict(self.graph.constants), {**self._resident, **inputs}
         nodes = _needed(self.graph, outputs)
         steps = []
-        for node in nodes:
+        for node, done in zip(nodes, _ends([node.inputs for node in nodes], outputs)):
             operator = TABLE[node.operator]
             if node.operator == "Shape":
                 known[node.output] = operator.run(node.attributes, _either(known, values, node.inputs[0]))
@@ -148,6 +151,8 @@ class Program:
                 step = self._step(node, operator, known)
                 step.run_(values)
                 steps.append(step)
+            for name in done:
+                values.pop(name, None)
         finished = Specialized(
             _with_ends(steps, outputs), {name: known[name] for name in outputs if name in known}, outputs
         )
@@ -197,9 +202,14 @@ def _needed(graph: Graph, outputs: tuple[str, ...]) -> list[Node]:
 
 def _with_ends(steps: Sequence[Step], outputs: tuple[str, ...]) -> tuple[Step, ...]:
     """Say of each step which values it is the last to read, so that their memory is free for what follows."""
-    seen, ended = set(outputs), []
-    for step in reversed(steps):
-        names = dict.fromkeys(each for each in step.arguments if isinstance(each, str))
-        ended.append(dataclasses.replace(step, done=tuple(name for name in names if name not in seen)))
+    reads = [[each for each in step.arguments if isinstance(each, str)] for step in steps]
+    return tuple(dataclasses.replace(step, done=done) for step, done in zip(steps, _ends(reads, outputs)))
+
+
+def _ends(reads: Sequence[Sequence[str]], outputs: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Of what is read one after another: which of the names nobody reads again, and which are no outputs."""
+    seen, ends = set(outputs), []
+    for names in reversed(reads):
+        ends.append(tuple(name for name in dict.fromkeys(names) if name not in seen))
         seen.update(names)
-    return tuple(reversed(ended))
+    return ends[::-1]
