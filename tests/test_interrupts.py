@@ -260,7 +260,7 @@ def test_half_a_plan_is_started_over(left: str, tmp_path: Path, monkeypatch: pyt
     partial.mkdir()
     (partial / "plan.json").write_text(left)
     (partial / "language.json").write_text("{}")
-    monkeypatch.setattr(pipeline, "_fill", reached)
+    monkeypatch.setattr(pipeline, "_apply_passes", reached)
     job: Any = SimpleNamespace(key="this job")
     with pytest.raises(ReachedError):
         pipeline.make_build(job, tmp_path / "build", lambda what, fraction: None)
