@@ -27,7 +27,7 @@ from defaker_opt.methods.round_to_nearest import METHOD as ROUND
 from defaker_opt.passes.quantize import Quantize
 from defaker_opt.runtime.backends import find_backend
 from defaker_opt.samples import Samples, load_samples
-from defaker_opt.search import LOSSES, Budget, Ledger, Offer, fitted_name, offered_schemes, parse_budget
+from defaker_opt.search import LOSSES, Budget, Ledger, Offer, fitted, offered_schemes, parse_budget
 from defaker_opt.search.measure import layer_shapes
 from defaker_opt.search.recipe import _NUMBER, recipe_data, rules_of, write_recipe
 from defaker_opt.search.run import _corrected
@@ -287,7 +287,7 @@ def test_rules_say_what_was_chosen(seed: int, tmp_path: Path) -> None:
     [quantize] = recipe.passes
     assert isinstance(quantize, Quantize)
     said = quantize.check(DETECTOR.config, CPU).schemes
-    assert said == {name: fitted_name(scheme, SHAPES[name][1]) for name, scheme in choice.items()}
+    assert said == {name: str(fitted(scheme, SHAPES[name][1]) or "float") for name, scheme in choice.items()}
 
 
 @pytest.mark.parametrize("pattern", sorted({_NUMBER.sub("*", name) for name in SHAPES}))

@@ -165,6 +165,14 @@ def load_detector(source: str) -> Detector:
     return Detector(config, weights)
 
 
+def require_prompt(detector: Detector, source: str) -> None:
+    """Raise SourceError unless the detector can be asked anything."""
+    if detector.config.prompt is None:
+        raise SourceError(
+            f"{source}/config.json: prompt is missing, so nothing can be asked; set the token ids of the prompts there"
+        )
+
+
 def source_folder(source: str) -> Path:
     """Where the files of an embedded detector or of a detector folder are."""
     return data_folder(REFERENCE) if source in EMBEDDED else Path(source)

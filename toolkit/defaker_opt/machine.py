@@ -79,6 +79,11 @@ def ask_command(command: tuple[str, ...]) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def read_machine(folder: Path = Path(), root: Path = Path("/"), ask: Ask = ask_command) -> Machine:
     """Look at this machine; `folder` is where disk space is wanted. `root` holds proc, sys and etc."""
     memory = _memory(root)
@@ -86,7 +91,7 @@ def read_machine(folder: Path = Path(), root: Path = Path("/"), ask: Ask = ask_c
         system=f"{platform.system()} {platform.release()}",
         architecture=platform.machine(),
         processor=_processor(root),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=available_cores(),
         instructions=_instructions(root),
         memory_bytes=memory.get("MemTotal", 0),
         free_memory_bytes=memory.get("MemAvailable", 0),

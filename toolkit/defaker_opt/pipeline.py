@@ -16,16 +16,17 @@ from typing import Any
 
 from defaker_opt import __version__
 from defaker_opt.build_facts import input_facts, prompt_facts, write_arrays, write_explanation, write_prompts
-from defaker_opt.catalog import PACKAGE
+from defaker_opt.catalog import code_digest
 from defaker_opt.detector import (
     Detector,
     linear_weights,
     load_detector,
     parameter_shapes,
+    require_prompt,
     source_digest,
     source_folder,
 )
-from defaker_opt.errors import BuildError, PassError, SourceError, write_failure
+from defaker_opt.errors import BuildError, PassError, write_failure
 from defaker_opt.files import default_cache_folder, held, move_folder, read_json_object, write_json
 from defaker_opt.gptq_folder import check_apart, hold, is_written, write_gptq
 from defaker_opt.gptq_folder.layout import Layout, find_layout
@@ -94,10 +95,7 @@ def plan_job(recipe: Recipe, target: Target, source: str, progress: Progress = _
     """
     require_backend(target)
     detector = load_detector(source)
-    if detector.config.prompt is None:
-        raise SourceError(
-            f"{source}/config.json: prompt is missing, so nothing can be asked; set the token ids of the prompts there"
-        )
+    require_prompt(detector, source)
     try:
         looks = [looks for each in recipe.passes if (looks := each.check(detector.config, target).looks)]
     except PassError as error:
@@ -134,8 +132,7 @@ def _samples(recipe: Recipe, looks: list[str], progress: Progress) -> Samples | 
 def tool_versions() -> dict[str, str]:
     """What this build is made with; our own code by its hash too, so that no stage of older code is ever reused."""
     versions = {name: importlib.metadata.version(name) for name in _TOOLS}
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))).hexdigest()
-    return {"defaker-opt": f"{__version__}+{code[:12]}", "python": platform.python_version(), **versions}
+    return {"defaker-opt": f"{__version__}+{code_digest()[:12]}", "python": platform.python_version(), **versions}
 
 
 def make_build(job: Job, output: Path, progress: Progress, replace: bool = False, gptq: Path | None = None) -> Build:

@@ -69,7 +69,9 @@ def quantize_auto(asked: Asked, place: Place, as_json: bool) -> None:
         write_source(origin, lambda part, total: report("draw weights", part / total))
         output = place.output or Path("exported") / f"{load_detector(origin).config.name}-{NAME}"
         suites = tuple(asked.suite or ["embedded"])
-        request = Request(suites, asked.data, (), "calibration", 0, "", default_cache_folder())
+        # No picture that formats were chosen on may be judged.
+        looked_at = asked.calibration or "calibration"
+        request = Request(suites, asked.data, (), looked_at, 0, "", default_cache_folder())
         wish = Wish(origin, aim, limits, budget, asked.calibration or "embedded", request, Hands("processes", 0, 0))
         found = search(wish, output, place.replace, report)
     _print(found, time.perf_counter() - started, as_json)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,8 +90,9 @@ def _check_concurrency(session: Session, pictures: int) -> None:
 
 def _threads_each(threads: int, concurrency: int) -> int:
     """Threads of each stage: those asked for, or a share of the cores; 0 is one for each core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads if threads or concurrency == 1 else max(1, cores // concurrency)
+    from defaker_opt.machine import available_cores
+
+    return threads if threads or concurrency == 1 else max(1, available_cores() // concurrency)
 
 
 @dataclass(frozen=True)

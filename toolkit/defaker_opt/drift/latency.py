@@ -9,9 +9,10 @@ from defaker_opt.benchmarks import Benchmark
 from defaker_opt.drift.judge import judge_task
 from defaker_opt.drift.perturbations import NONE
 from defaker_opt.drift.rows import ImageRow
-from defaker_opt.drift.run import available_cores, read_task
+from defaker_opt.drift.run import read_task
 from defaker_opt.errors import SuiteError
 from defaker_opt.limits import LatencyLimit
+from defaker_opt.machine import available_cores
 from defaker_opt.progress import Progress
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.session import open_session

@@ -22,6 +22,7 @@ from defaker_opt.drift.judge import Task
 from defaker_opt.drift.perturbations import NONE
 from defaker_opt.drift.rows import ImageRow, Problem
 from defaker_opt.errors import DefakerError, SuiteError
+from defaker_opt.machine import available_cores
 from defaker_opt.progress import Progress
 from defaker_opt.runtime.build import Build
 
@@ -89,11 +90,6 @@ def fitted_crew(asked: Crew, builds: Iterable[Build]) -> Crew:
     fitting = int(memory * _MEMORY_SHARE // (_COPIES * build_bytes + _WORKER_BYTES))
     workers = max(1, min(cores // (asked.threads or 1), fitting))
     return replace(asked, workers=workers, threads=asked.threads or max(1, cores // workers))
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def judge_runs(

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from defaker_opt.catalog import yaml_names
-from defaker_opt.detector import Detector, load_detector
+from defaker_opt.detector import Detector, load_detector, require_prompt
 from defaker_opt.device import Device, Fact
-from defaker_opt.errors import DefakerError, PassError, SourceError
+from defaker_opt.errors import DefakerError, PassError
 from defaker_opt.machine import Machine, read_machine
 from defaker_opt.planning.forecast import Forecast, forecast, has_vocabulary
 from defaker_opt.recipe import Recipe, load_recipe
@@ -35,8 +35,7 @@ def plan_recipe(name: str, source: str | None, target: str | None, tiles: int = 
     recipe = load_recipe(name)
     aim = load_target(target or recipe.target)
     detector = load_detector(source or recipe.source)
-    if detector.config.prompt is None:
-        raise SourceError(f"{source}/config.json: prompt is missing; set the token ids of the prompts there")
+    require_prompt(detector, source or recipe.source)
     tiling = detector.config.tiling
     most = tiling.max_tiles + (tiling.max_tiles > 1)
     if tiles > most:

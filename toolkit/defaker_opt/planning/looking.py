@@ -11,7 +11,6 @@ from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.device import Device
 from defaker_opt.methods import Need
 from defaker_opt.planning.formulas import picture_load, stage_blocks, stage_counts, tile_count
-from defaker_opt.planning.memory import MAKE_BASE_BYTES
 from defaker_opt.samples import expected_samples
 
 _FLOAT, _DOUBLE = 4, 8
@@ -19,6 +18,8 @@ _FLOAT, _DOUBLE = 4, 8
 _RUNS = 2
 # Width / height of usual pictures; upright ones are cut into as many tiles.
 _ASPECTS = (1.0, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
+# What torch, transformers and decoded pictures take, and the heap keeps of stages that were looked at before. Measured.
+_BASE_BYTES = 700e6
 # One call of a block, with its hooks, however small it is. Measured.
 _CALL_SECONDS = 2e-3
 # GPTQ in float64 by columns reaches this share of the rate of float32 products.
@@ -69,7 +70,7 @@ def looking_cost(
     }
     kept = _FLOAT * images * (1 + shifted) * max(states.get(name, 0) for name in stages)
     squares = max((shape[1] ** 2 for name, shape in shapes.items() if "hessian" in needs.get(name, ())), default=0)
-    return LookingCost(seconds, MAKE_BASE_BYTES + kept + _DOUBLE * (4 + shifted) * squares)
+    return LookingCost(seconds, _BASE_BYTES + kept + _DOUBLE * (4 + shifted) * squares)
 
 
 def picture_tiles(config: DetectorConfig, side: int) -> int:

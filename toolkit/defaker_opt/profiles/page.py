@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 
 from defaker_opt.profiles.profile import Profile
 from defaker_opt.profiles.svg import categories_plot, roofline_plot, samples_plot, waterfall
 from defaker_opt.profiles.table import difference_words, fact_lines, ratio_words
-from defaker_opt.report.style import STYLE
+from defaker_opt.report.page import table, whole_page
 from defaker_opt.runtime.spec import STAGES
 
-# Nothing is fetched, whatever a name of a build may contain.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _MORE_STYLE = "header.profile{background:#1e3a8a}.plots .half{grid-column:span 3}td.right{text-align:right}"
 _MOST_OPERATORS = 40
 
@@ -21,12 +19,7 @@ def profile_as_html(profile: Profile) -> str:
     """The page; the milliseconds and the waterfall come first."""
     title = f"{profile.measured.build.name} on {profile.machine.fingerprint}"
     parts = (*_first(profile), *_plots(profile), *_comparison(profile), *_roofline(profile), *_operators(profile))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}{_MORE_STYLE}</style></head><body>{''.join(parts)}{''.join(_ending(profile))}</body></html>\n"
-    )
+    return whole_page(title, (*parts, *_ending(profile)), _MORE_STYLE)
 
 
 def _first(profile: Profile) -> Iterator[str]:
@@ -46,7 +39,7 @@ def _first(profile: Profile) -> Iterator[str]:
         (name, f"{q.median:.2f}", f"{q.p90:.2f}", f"{q.p99:.2f}", f"{q.median / measured.total.median:.0%}")
         for name, q in measured.stages.items()
     ]
-    yield _table(head, rows) + "</div></section><section><div class='card'><h2>Cost</h2><ul>"
+    yield table(head, rows) + "</div></section><section><div class='card'><h2>Cost</h2><ul>"
     yield "".join(f"<li>{escape(line)}</li>" for line in fact_lines(profile)) + "</ul></div></section>"
 
 
@@ -90,7 +83,7 @@ def _comparison(profile: Profile) -> Iterator[str]:
         )
         for each in (found.total, *found.stages)
     ]
-    yield _table(head, rows) + "</section>"
+    yield table(head, rows) + "</section>"
 
 
 def _roofline(profile: Profile) -> Iterator[str]:
@@ -117,7 +110,7 @@ def _roofline(profile: Profile) -> Iterator[str]:
         cells = (row.stage, f"{row.work.total / 1e9:.2f}", f"{row.work.attention / 1e9:.2f}", f"{weights:.1f}")
         target = [f"{row.target.ms:.3f}"] if row.target else []
         rows.append((*cells, f"{row.measured_ms:.2f}", floor, achieved, row.bound, *target))
-    yield _table(head, rows)
+    yield table(head, rows)
     yield "<p><small>Operations and bytes are counted from the graphs with the sizes of the first picture; a floor is "
     yield "max(operations / rate, bytes / bandwidth) with the rates of this machine in this run.</small></p></section>"
 
@@ -131,7 +124,7 @@ def _operators(profile: Profile) -> Iterator[str]:
         (escape(row.module), row.kind, row.category, str(row.calls), f"{row.milliseconds:.3f}")
         for row in rows[:_MOST_OPERATORS]
     ]
-    yield _table(("module of the source", "operator", "for", "calls", "ms an image"), cells)
+    yield table(("module of the source", "operator", "for", "calls", "ms an image"), cells)
     between = ", ".join(
         f"{stage.stage} {stage.between_ms:.2f} of {stage.stage_ms:.2f} ms, less {1e3 * stage.tracing_ms:.1f} µs a call"
         for stage in profile.operators
@@ -151,10 +144,3 @@ def _ending(profile: Profile) -> Iterator[str]:
         *(f"missing: {line}" for line in profile.missing),
     ]
     yield "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul></section></main>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already; all but the first column are figures."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'

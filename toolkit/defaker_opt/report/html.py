@@ -7,27 +7,20 @@ from html import escape
 
 from defaker_opt.report.gallery import Picture
 from defaker_opt.report.markdown import suite_words
+from defaker_opt.report.page import table, whole_page
 from defaker_opt.report.plots import draw_plots
-from defaker_opt.report.style import STYLE
 from defaker_opt.report.svg import Plot
 from defaker_opt.report.values import DriftReport, Figure, Slice, SuiteReport
 from defaker_opt.report.words import NAMES, count_words, latency_words, limited, needed_words, points
 
-# Nothing is fetched, whatever a name of a picture may contain.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _WIDTHS = {"forest": " wide", "slices": " wide", "robustness": " full"}
 
 
 def report_as_html(report: DriftReport, pictures: Sequence[Picture]) -> str:
     """The page; the verdict, limits and the worst slice come first."""
     title = f"{report.decision}: {report.build.name} against {report.reference.name}"
-    body = "".join((*_first_screen(report), *_plots(report), *_gallery(pictures), *_details(report), *_ending(report)))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>{body}</body></html>\n"
-    )
+    parts = (*_first_screen(report), *_plots(report), *_gallery(pictures), *_details(report), *_ending(report))
+    return whole_page(title, parts)
 
 
 def _first_screen(report: DriftReport) -> Iterator[str]:
@@ -37,7 +30,7 @@ def _first_screen(report: DriftReport) -> Iterator[str]:
     for warning in report.warnings:
         yield f'<p class="warning">{escape(warning)}</p>'
     yield '<section class="first"><div class="card"><h2>Limits</h2>'
-    yield _table(
+    yield table(
         ("suite", "metric", "drop [pp]", "95 % interval", "limit", "answer"),
         [_limit_cells(suite, figure) for suite, figure in limited(report.suites)],
     )
@@ -98,14 +91,14 @@ def _details(report: DriftReport) -> Iterator[str]:
         yield f"<section><h2>Looks</h2><p>{done.judged:,} of {done.planned:,} images were judged; {done.declared} "
         yield "looks were declared for each suite.</p>"
         rows = [(escape(o.suite), f"{o.images:,}", o.decision, escape(o.detail)) for o in done.looks]
-        yield _table(("suite", "images", "answer", "detail"), rows) + "</section>"
+        yield table(("suite", "images", "answer", "detail"), rows) + "</section>"
     if report.refit:
         fit = report.refit
         cells = (f"{fit.threshold:.4f}", f"{fit.shipped_threshold:.4f}", points(fit.rate), points(fit.shipped_rate))
         head = ("threshold", "shipped", "FPR [%]", "FPR as shipped [%]", "FPR of the reference [%]", "temperature")
         row = (*cells, points(fit.reference_rate), f"{fit.temperature:.3f}")
         yield f"<section><h2>Re-fit on {fit.images:,} calibration images of {escape(fit.suite)}</h2>"
-        yield _table(head, [row]) + (f"<p>{escape(fit.temperature_note)}</p>" if fit.temperature_note else "")
+        yield table(head, [row]) + (f"<p>{escape(fit.temperature_note)}</p>" if fit.temperature_note else "")
         yield "</section>"
     for suite in report.suites if len(report.suites) == 1 else (report.pooled, *report.suites):
         yield f"<section><h2>{escape(suite.name)}</h2><p>{escape(suite_words(suite))}</p>"
@@ -126,7 +119,7 @@ def _plot(plot: Plot) -> str:
 
 def _figures(figures: Sequence[Figure]) -> str:
     head = ("metric", "n", "clusters", "reference", "build", "drop [pp]", "95 % interval [pp]", "method")
-    return _table(head, [_figure_cells(each) for each in figures])
+    return table(head, [_figure_cells(each) for each in figures])
 
 
 def _figure_cells(each: Figure) -> tuple[str, ...]:
@@ -159,7 +152,7 @@ def _slice_table(slices: Sequence[Slice]) -> str:
         )
         for each in slices
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _gallery(pictures: Sequence[Picture]) -> Iterator[str]:
@@ -203,11 +196,4 @@ def _ending(report: DriftReport) -> Iterator[str]:
         )
         for side, facts in (("reference", report.reference), ("build", report.build))
     ]
-    yield _table(head, rows) + "</section></main>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+    yield table(head, rows) + "</section></main>"

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from defaker_opt.errors import DefakerError, one_of
-from defaker_opt.methods import SchemeName, parse_scheme
+from defaker_opt.methods import Scheme, SchemeName, parse_scheme
 from defaker_opt.target import Target
 
 # What layers are offered, where the target has it. Blocks of 4 bits are fitted with the method that loses least.
@@ -185,22 +185,21 @@ class Search:
         }
 
 
-def fitted_name(scheme: SchemeName, columns: int) -> str:
-    """What a scheme becomes in a layer of so many columns: the name with the group that fits."""
+def fitted(scheme: SchemeName, columns: int) -> Scheme | None:
+    """What a scheme becomes in a layer of so many columns: with the group that fits; None stays in float."""
     parsed = parse_scheme(scheme)
-    return str(parsed.fitted(columns)) if parsed else scheme
+    return parsed.fitted(columns) if parsed else None
 
 
 def offered_schemes(target: Target, shape: tuple[int, int]) -> tuple[SchemeName, ...]:
     """The formats of OFFERED that a target runs and a weight [out, in] can have, without two that come to the same."""
     found: dict[str, SchemeName] = {}
     for name in OFFERED:
-        scheme = parse_scheme(name)
-        fitted = scheme.fitted(shape[1]) if scheme else None
-        if scheme is None:
+        scheme = fitted(name, shape[1])
+        if name == "float":
             found["float"] = name
-        elif fitted is not None and scheme.kind in target.kinds:
-            found.setdefault(str(fitted), name)
+        elif scheme is not None and scheme.kind in target.kinds:
+            found.setdefault(str(scheme), name)
     return tuple(found.values())
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from defaker_opt.graph.product import write_product
-from defaker_opt.methods import SchemeName, parse_scheme
+from defaker_opt.methods import SchemeName
 from defaker_opt.methods.round_to_nearest import METHOD as ROUND
 from defaker_opt.progress import Progress
 from defaker_opt.runtime.backends import OpenStage, find_backend
+from defaker_opt.search import fitted
 from defaker_opt.target import Target
 
 ROUNDS = 7
@@ -63,9 +64,8 @@ def _open(folder: Path, shape: Shape, schemes: tuple[SchemeName, ...], target: T
     weight = np.random.default_rng(0).standard_normal(shape, np.float32)
     opened: dict[SchemeName, OpenStage] = {}
     for scheme in schemes:
-        parsed = parse_scheme(scheme)
-        fitted = parsed.fitted(shape[1]) if parsed else None
-        codes = ROUND().quantize(weight, fitted) if fitted else None
+        rounded = fitted(scheme, shape[1])
+        codes = ROUND().quantize(weight, rounded) if rounded else None
         file = folder / f"{shape[0]}-{shape[1]}-{scheme}.onnx"
         spec = write_product(file, weight, codes, target.encodings)
         opened[scheme] = find_backend(target.backend).open_stage(file, spec, dataclasses.asdict(target.session))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from defaker_opt.catalog import PACKAGE
+from defaker_opt.catalog import code_digest
 from defaker_opt.detector import Detector, linear_weights, source_digest
 from defaker_opt.files import read_json_object, whole_file
 from defaker_opt.methods import SchemeName
@@ -25,7 +25,7 @@ from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.session import open_session
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.samples import Samples
-from defaker_opt.search import Ledger, Offer, fitted_name, offered_schemes
+from defaker_opt.search import Ledger, Offer, fitted, offered_schemes
 from defaker_opt.search.latency import Shape, time_layers
 from defaker_opt.search.sensitivity import Blocks, Seen, measure_harms
 from defaker_opt.target import Target
@@ -44,10 +44,9 @@ def layer_shapes(detector: Detector) -> dict[str, Shape]:
 def see(detector: Detector, samples: Samples, target: Target, cache: Path, progress: Progress) -> Seen:
     """The sweep of `sensitivity`, once for a detector, its pictures, formats and this code; kept in `cache`."""
     offered = {name: offered_schemes(target, shape) for name, shape in layer_shapes(detector).items()}
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))).hexdigest()
     blocks = Blocks(target.session.tiles, target.session.tokens)
     key = json.dumps(
-        [source_digest(detector), samples.digest, offered, dataclasses.astuple(blocks), code], sort_keys=True
+        [source_digest(detector), samples.digest, offered, dataclasses.astuple(blocks), code_digest()], sort_keys=True
     )
     path = cache / "sensitivity" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     kept = read_json_object(path)
@@ -82,7 +81,7 @@ def make_ledger(
         name: {
             scheme: Offer(
                 harm=seen.harms[name][scheme],
-                bytes=quantized_bytes(shape, fitted_name(scheme, shape[1])),
+                bytes=quantized_bytes(shape, str(fitted(scheme, shape[1]) or "float")),
                 ms=times[name][scheme],
             )
             for scheme in offered[name]

@@ -9,14 +9,12 @@ from html import escape
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from defaker_opt.report.style import STYLE
+from defaker_opt.report.page import table, whole_page
 from defaker_opt.report.svg import STYLE as PLOT_STYLE
 from defaker_opt.report.svg import Plot, as_svg, new_axes
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.search import OFFERED, Formats, Ledger, Search, Trial
 
-# Nothing is fetched, whatever a name of a build may contain.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _MORE_STYLE = ".plots .half{grid-column:span 3}pre{overflow-x:auto;font-size:13px;margin:0}td.right{text-align:right}"
 _COLORS = {"ACCEPT": "#15803d", "REJECT": "#b91c1c", "UNDECIDED": "#b45309"}
 _LINE, _QUIET = "#2563eb", "#64748b"
@@ -28,12 +26,7 @@ _LEAST_HARM = 1e-6
 def search_as_html(found: Search, name: str, recipe: str) -> str:
     """The page of a search of that name; recipe: the text of its YAML file."""
     parts = (*_first(found, name), *_plots(found), *_layers(found), *_ending(recipe))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}{_MORE_STYLE}</style></head><body>{''.join(parts)}</main></body></html>\n"
-    )
+    return whole_page(name, parts, _MORE_STYLE)
 
 
 def _first(found: Search, name: str) -> Iterator[str]:
@@ -44,9 +37,9 @@ def _first(found: Search, name: str) -> Iterator[str]:
     yield f"<p>{escape(last.summary)}</p></div></header><main>"
     if not found.within_budget:
         yield f'<p class="warning">Asked for was {escape(str(found.budget))}. What keeps that lost too much.</p>'
-    yield "<section><h2>What was tried</h2><div class='scroll'>"
+    yield "<section><h2>What was tried</h2>"
     head = ("trial", "decision", "harm", "MB predicted", "MB", "ms predicted", "ms", "")
-    yield _table(head, [_trial_row(index, trial) for index, trial in enumerate(found.trials, 1)]) + "</div></section>"
+    yield table(head, [_trial_row(index, trial) for index, trial in enumerate(found.trials, 1)]) + "</section>"
 
 
 def _trial_row(index: int, trial: Trial) -> tuple[str, ...]:
@@ -108,8 +101,8 @@ def _layers(found: Search) -> Iterator[str]:
         own: Formats = {name: scheme for name, scheme in choice.items() if name.partition(".")[0] == stage}
         counts = Counter(own.values())
         rows.append((stage, *(str(counts[scheme] or "") for scheme in schemes), f"{_megabytes(found.ledger, own):.2f}"))
-    yield "<section><h2>Linear layers of each stage, by format</h2><div class='scroll'>"
-    yield _table(("stage", *schemes, "MB"), rows) + "</div></section>"
+    yield "<section><h2>Linear layers of each stage, by format</h2>"
+    yield table(("stage", *schemes, "MB"), rows) + "</section>"
 
 
 def _megabytes(ledger: Ledger, choice: Formats) -> float:
@@ -117,11 +110,4 @@ def _megabytes(ledger: Ledger, choice: Formats) -> float:
 
 
 def _ending(recipe: str) -> Iterator[str]:
-    yield f"<section><h2>The recipe</h2><div class='card'><pre>{escape(recipe)}</pre></div></section>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML."""
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{titles}</tr>{body}</table>"
+    yield f"<section><h2>The recipe</h2><div class='card'><pre>{escape(recipe)}</pre></div></section></main>"

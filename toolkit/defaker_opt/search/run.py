@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from defaker_opt.detector import Detector, load_detector
+from defaker_opt.detector import Detector, load_detector, require_prompt
 from defaker_opt.drift.reference import open_reference
-from defaker_opt.errors import BuildError, DefakerError, SourceError
+from defaker_opt.errors import BuildError, DefakerError
 from defaker_opt.files import held, move_folder, whole_file
 from defaker_opt.limits import Limit
 from defaker_opt.pipeline import build_bytes, make_build, plan_job
@@ -22,7 +22,7 @@ from defaker_opt.report.validation import Hands, Request, validate_early
 from defaker_opt.report.write import write_report
 from defaker_opt.runtime.build import MANIFEST, Build, json_text, open_build
 from defaker_opt.samples import load_samples
-from defaker_opt.search import Budget, Formats, Ledger, Search, Trial, fitted_name
+from defaker_opt.search import Budget, Formats, Ledger, Search, Trial, fitted
 from defaker_opt.search.measure import layer_shapes, make_ledger, picture_of, see, time_build
 from defaker_opt.search.page import search_as_html
 from defaker_opt.search.recipe import recipe_data, write_recipe
@@ -165,10 +165,7 @@ def _checked(wish: Wish, output: Path, replace: bool) -> Detector:
             f"one; give a --target with the backend {_BACKEND}, such as cpu, or a recipe made for {wish.target.name}"
         )
     detector = load_detector(wish.source)
-    if detector.config.prompt is None:
-        raise SourceError(
-            f"{wish.source}/config.json: prompt is missing, so nothing can be asked; set the token ids of the prompts"
-        )
+    require_prompt(detector, wish.source)
     return detector
 
 
@@ -218,7 +215,7 @@ def _assert_same(recipe: Recipe, detector: Detector, target: Target, choice: For
     [quantize] = recipe.passes
     said = quantize.check(detector.config, target).schemes
     for name, shape in layer_shapes(detector).items():
-        wanted = fitted_name(choice[name], shape[1])
+        wanted = str(fitted(choice[name], shape[1]) or "float")
         assert said[name] == wanted, f"{name}: {said[name]} instead of {wanted}"
 
 

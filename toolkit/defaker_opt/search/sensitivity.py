@@ -31,7 +31,7 @@ from defaker_opt.methods.round_to_nearest import METHOD as ROUND
 from defaker_opt.progress import Progress
 from defaker_opt.runtime.images import image_tiles, mask_image
 from defaker_opt.samples import Samples
-from defaker_opt.search import LOSSES
+from defaker_opt.search import LOSSES, fitted
 from defaker_opt.training import Parts
 from defaker_opt.training.batches import Batch
 from defaker_opt.training.model import JointModel, Outputs
@@ -160,10 +160,9 @@ def _round_all(
         weight = layer.weight.detach().numpy()
         rounded[name] = {}
         for scheme in schemes:
-            parsed = parse_scheme(scheme)
-            fitted = parsed.fitted(weight.shape[1]) if parsed else None
-            if fitted is not None:
-                rounded[name][scheme] = ROUND().quantize(weight, fitted)
+            wanted = fitted(scheme, weight.shape[1])
+            if wanted is not None:
+                rounded[name][scheme] = ROUND().quantize(weight, wanted)
     return rounded
 
 
