@@ -118,8 +118,12 @@ def mask_image(image: Image.Image, size: int) -> Array:
 
 def normalize(image: Image.Image) -> Array:
     """8-bit RGB → ImageNet-normalized float32 [3, height, width]."""
-    pixels = np.asarray(image, np.float32) / np.float32(255)
-    return np.ascontiguousarray(((pixels - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1))
+    # Colour by colour and in place: a fifth of the time of one new array for each step, and the same numbers.
+    colours = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
+    colours /= np.float32(255)
+    colours -= IMAGENET_MEAN[:, None, None]
+    colours /= IMAGENET_STD[:, None, None]
+    return colours
 
 
 def resize_rows(array: Array, size_out: int, rows: range | None = None) -> Array:
@@ -141,16 +145,34 @@ def resize_rows(array: Array, size_out: int, rows: range | None = None) -> Array
     return resized
 
 
-def resized_rows(logits: Array, mask_image_size: int, width: int, height: int, band: int = 512) -> Iterator[Array]:
+def resized_rows(logits: Array, mask_image_size: int, width: int, height: int, band: int = 256) -> Iterator[Array]:
     """Mask logits [h, w] at the picture's size, in bands of rows; by way of the mask image's size, as in the original.
 
-    Both steps are bilinear and separable, so they are small matrices, and never a large picture in between.
+    Both steps are bilinear and separable, so each number is a sum of a few, and there is never a large picture in
+    between.
     """
     to_between = resize_rows(np.eye(logits.shape[1], dtype=np.float32), mask_image_size)
-    columns = logits @ resize_rows(to_between, width).T  # [h, width]
+    columns = np.ascontiguousarray(_sums_of_rows(resize_rows(to_between, width), logits.T).T)  # [h, width]
     down = resize_rows(np.eye(logits.shape[0], dtype=np.float32), mask_image_size)
     for start in range(0, height, band):
-        yield resize_rows(down, height, range(start, min(start + band, height))) @ columns
+        yield _sums_of_rows(resize_rows(down, height, range(start, min(start + band, height))), columns)
+
+
+def _sums_of_rows(shares: Array, array: Array) -> Array:
+    """`shares` @ `array` where each row of `shares` [out, in] has a few neighbouring numbers, and else zeros.
+
+    Not as a product of matrices: BLAS would do it in threads, which go on spinning for milliseconds and take the cores
+    from the next stage.
+    """
+    used = shares != 0
+    first = used.argmax(1)
+    most = int((used.shape[1] - used[:, ::-1].argmax(1) - first).max())
+    first = np.minimum(first, used.shape[1] - most)
+    rows = np.arange(len(shares))
+    total: Array = array[first] * shares[rows, first, None]
+    for step in range(1, most):
+        total += array[first + step] * shares[rows, first + step, None]
+    return total
 
 
 def full_size_mask(

@@ -103,6 +103,8 @@ def _settings(options: Mapping[str, Any]) -> onnxruntime.SessionOptions:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _LOG_ERRORS_ONLY
     settings.intra_op_num_threads = int(options.get("threads", 0))
+    # Each stage has threads of its own, which would spin on after their stage and take the cores from the next one.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.get("as_written"):
         # Beyond basic optimizations codes are fused into products, and of FP8 a Relu before them is lost (1.31).
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
