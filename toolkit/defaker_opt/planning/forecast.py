@@ -29,9 +29,9 @@ _START_SECONDS, _BLOCK_SECONDS, _WEIGHT_RATE = 10.0, 0.4, 60e6
 # Pictures that a stage is compared on and tests itself with, in units of one run in torch.
 _CHECK_RUNS = 4.0
 # On CPUs a product of this width reaches half of the rate that wide ones reach, and twice the width two thirds.
-_HALF_WIDTH = 150
+_HALF_WIDTH = 75
 # Cutting, resizing and normalizing, a pixel of what the encoders see. Seconds, measured.
-_PIXEL_SECONDS = 50e-9
+_PIXEL_SECONDS = 40e-9
 # Parsing, timing kernels and writing an engine: bytes of its weights a second, a guess.
 _ENGINE_RATE = 10e6
 
