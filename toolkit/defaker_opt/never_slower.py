@@ -19,7 +19,7 @@ from typing import Any
 
 from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.graph.codes import fill_weights_
-from defaker_opt.graph.export import export_stage
+from defaker_opt.graph.traced import traced_stage
 from defaker_opt.graph.write import write_graph
 from defaker_opt.passes.quantize import Quantize, Rule
 from defaker_opt.pipeline import Job
@@ -90,7 +90,7 @@ def time_stages(job: Job, build: Build, progress: Progress, rounds: int = ROUNDS
 
 def _open_float(job: Job, stage: str, folder: Path) -> OpenStage:
     plain = Detector(job.detector.config, job.detector.weights, savings=job.recipe.savings)
-    graph = export_stage(plain, stage)
+    graph = traced_stage(plain, stage)
     fill_weights_(graph, plain, job.target.encodings)
     file = write_graph(graph, folder)[0]
     options = dataclasses.asdict(job.target.session)

@@ -18,8 +18,8 @@ from defaker_opt.files import read_json_object, write_json
 from defaker_opt.graph import Graph
 from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.codes import fill_weights_
-from defaker_opt.graph.export import export_stage
 from defaker_opt.graph.qdq import narrow_attention_
+from defaker_opt.graph.traced import traced_stage
 from defaker_opt.graph.write import check_decoded, write_graph
 from defaker_opt.runtime.build import Build, file_sha256
 from defaker_opt.runtime.clock import Clock
@@ -46,7 +46,7 @@ def build_stage(detector: Detector, target: Target, stage: str, build: Build, re
     if finished and all(_unchanged(build.folder / name, digest) for name, digest in finished["files"].items()):
         entry: dict[str, Any] = finished["entry"]
         return entry
-    graph = export_stage(detector, stage)
+    graph = traced_stage(detector, stage)
     fill_stage_(graph, detector, target)
     files = write_graph(graph, build.folder)
     check_decoded(files[0], detector, stage)
