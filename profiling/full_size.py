@@ -31,6 +31,8 @@ from rich.table import Table
 
 from defaker_opt.detector import load_detector
 from defaker_opt.files import read_json_object, write_json
+from defaker_opt.planning.fit import plan_recipe
+from defaker_opt.runtime.images import tile_grid
 
 STAGES = ("load", "vision_encoder", "language", "vocabulary_head", "mask_encoder", "mask_decoder", "total")
 
@@ -153,6 +155,25 @@ def ratios(results: dict[str, dict[str, Any]], first: str) -> dict[str, dict[str
     return found
 
 
+def foreseen(recipe: str, source: str, row: dict[str, Any]) -> dict[str, float]:
+    """What was measured as a share of what `plan` says, for this machine and the picture's tiles."""
+    tiling = load_detector(source).config.tiling
+    tiles = math.prod(tile_grid(WIDTH, HEIGHT, tiling.tile_size, tiling.min_tiles, tiling.max_tiles))
+    planned = plan_recipe(recipe, source, None, tiles + (tiles > 1)).forecast
+    here = [step for step in planned.steps if step.where == "this machine"]
+    shares = {
+        "bytes": row["bytes"] / planned.sizes.total,
+        "made_seconds": row["made_seconds"] / sum(step.seconds for step in here),
+        "made_peak_memory": row["made_peak_memory_bytes"] / max(step.memory_bytes for step in here),
+    }
+    if "latency_ms" in row:
+        shares["run_peak_memory"] = row["run_peak_memory_bytes"] / planned.run_memory_bytes
+        shares["latency_without_load"] = (
+            row["latency_ms"]["total"] - row["latency_ms"]["load"]
+        ) / planned.latency.total_ms
+    return shares
+
+
 def show(results: dict[str, dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     columns = ("build", "MB", "made s", "made cpu s", "made peak GB", "run peak GB", *(f"{name} s" for name in STAGES))
@@ -205,7 +226,10 @@ def main() -> None:
     compared = ratios(results, first)
     for name, each in compared.items():
         print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in each.items()))
-    print(json.dumps({"builds": results, "ratios": compared, **facts, **load}))
+    planned = {recipe: foreseen(recipe, source, row) for recipe, row in results.items()}
+    for name, each in planned.items():
+        print(f"{name}, of what was planned: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in each.items()))
+    print(json.dumps({"builds": results, "ratios": compared, "of_planned": planned, **facts, **load}))
 
 
 if __name__ == "__main__":
