@@ -275,7 +275,7 @@ def test_half_a_receipt_makes_its_stage_anew(left: str, tmp_path: Path, monkeypa
 
     receipt = tmp_path / "language.json"
     receipt.write_text(left)
-    monkeypatch.setattr(stage_build, "export_stage", reached)
+    monkeypatch.setattr(stage_build, "traced_stage", reached)
     detector: Any = SimpleNamespace()
     target: Any = SimpleNamespace()
     with pytest.raises(ReachedError):
