@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -200,7 +201,9 @@ def main() -> None:
         except DefakerError as error:
             raise SystemExit(f"error: {error}") from error
         step = max(1, -(-len(suite.items) // arguments.limit)) if arguments.limit else 1
-        jobs = [(suite.name, item, arguments.work) for item in suite.items[::step]]
+        # Views of mappings cannot be sent to another process.
+        items = (dataclasses.replace(item, slices={}) for item in suite.items[::step])
+        jobs = [(suite.name, item, arguments.work) for item in items]
         rows = arguments.work / f"rows-{'-'.join(build.digest[:12] for build in builds)}.jsonl"
         results[suite.name] = dict(summaries(judged(jobs, rows, arguments.workers)))
         show(f"{suite.name}: {len(jobs)} pictures, each switch off against all on", results[suite.name])
