@@ -20,16 +20,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from environments import python_of
 
 from defaker_opt.checkpoint import Tensors, gptq, tensors_of
 from defaker_opt.detector import Detector, linear_weights, load_detector, source_folder, stored_shapes
-from defaker_opt.files import default_cache_folder
 from defaker_opt.gptq_folder import write_gptq
 from defaker_opt.gptq_folder.layout import find_layout
 from defaker_opt.passes.quantize import Quantize, Rule
@@ -67,13 +66,7 @@ np.savez(sys.argv[3], **said)
 
 def peer_python() -> Path:
     """The interpreter of an environment with GPTQModel, which is made on first use."""
-    folder = default_cache_folder().absolute() / "peers" / "gptqmodel"
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEER_PACKAGES], check=True)  # noqa: S603
-        (folder / "ready").touch()
-    return python
+    return python_of("gptqmodel", ("install", *PEER_PACKAGES))
 
 
 def ask_peer(script: str, *arguments: object) -> None:

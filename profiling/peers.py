@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +29,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import onnxruntime
+from environments import python_of
 from onnxruntime import quantization
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 from rich.console import Console
@@ -47,7 +47,7 @@ from defaker_opt.runtime.spec import STAGES
 from defaker_opt.samples import EMBEDDED, Samples, load_samples
 from defaker_opt.target import load_target
 
-PEER_PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
+PEER_PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0", "onnx", "onnxruntime")
 Tensors = dict[str, np.ndarray]
 
 # Runs in the peers' environment: quantizes, then answers each line "run N" with milliseconds and outputs on input N.
@@ -112,6 +112,8 @@ def stage_calls(detector: Detector, stage: str, samples: Samples) -> Iterator[Te
 def ort_form(path: Path, tests: list[Tensors], threads: int, made: float) -> Form:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level, settings.intra_op_num_threads = 3, threads
+    # Or the threads of one form would spin on while the next one is timed.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
@@ -181,15 +183,8 @@ def openvino_form(plain: Path, folder: Path, calls: list[Tensors], tests: list[T
 
 
 def peer_python() -> Path:
-    """The interpreter of an environment with NNCF and OpenVINO, which is made on first use."""
-    folder = default_cache_folder() / "peers" / "openvino"
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEER_PACKAGES], check=True)  # noqa: S603
-        subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", "openvino-telemetry"], check=False)  # noqa: S603
-        (folder / "ready").touch()
-    return python
+    """The interpreter of the environment with NNCF and OpenVINO."""
+    return python_of("nncf", ("install", *PEER_PACKAGES), ("uninstall", "-y", "openvino-telemetry"))
 
 
 def forms_of(

@@ -8,8 +8,8 @@ What a peer writes takes the graphs' places in a copy of the float build, and `v
 build on the suite. onnxruntime runs every build. With 8 bits peers get the stages that ours quantizes (vision encoder,
 language part, mask encoder) and are calibrated on the pictures of ours. With 4 bits it is the language part alone, in
 blocks of 64; ours, of the recipe `int4` with all else in float, is made too: its blocks are the largest of 64 and 128
-that fit. NNCF writes by its ONNX backend, in an environment of its own in the cache folder. Builds and rows are kept,
-so a rerun goes on. JSON is the last line.
+that fit. NNCF writes by its ONNX backend; it and ModelOpt have environments of their own in the cache folder. Builds
+and rows are kept, so a rerun goes on. JSON is the last line.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -34,14 +35,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import yaml
+from environments import python_of
 from onnxruntime import quantization
 from onnxruntime.quantization import matmul_nbits_quantizer
 from peers import Reader, Tensors, peer_python
+from peers import stage_calls as whole_calls
 from rich.console import Console
 from rich.table import Table
 
 from defaker_opt.catalog import data_folder
 from defaker_opt.cli.progress import progress_bar
+from defaker_opt.detector import load_detector
 from defaker_opt.drift.compare import PairRow
 from defaker_opt.drift.rows import Problem
 from defaker_opt.files import default_cache_folder, write_json
@@ -56,7 +60,7 @@ from defaker_opt.samples import EMBEDDED, load_samples
 BLOCK = 64
 LIMITS = {"verdict_accuracy": Limit(0.005, 0.95), "mask_iou": Limit(0.005, 0.95)}
 
-WORKER = """
+NNCF = """
 import sys
 from pathlib import Path
 import numpy as np, onnx, nncf
@@ -73,6 +77,38 @@ except AssertionError:
     model = nncf.quantize(onnx.load(graph), nncf.Dataset(given), advanced_parameters=advanced, **usual)
 onnx.save(model, written)
 """
+
+MODELOPT = """
+import sys
+from pathlib import Path
+import numpy as np
+from modelopt.onnx.quantization import quantize
+from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+graph, folder, written, mode, method = sys.argv[1:]
+
+class Reader(CalibrationDataReader):
+    given = [dict(np.load(path)) for path in sorted(Path(folder).glob("*.npz"))]
+    left = iter(given)
+    def get_next(self): return next(self.left, None)
+    def get_first(self): return self.given[0]
+    def rewind(self): self.left = iter(self.given)
+
+# Fusing AWQ's scales into what comes before needs cupy.
+blocks = {"block_size": 64, "nodes_to_exclude": ["language.verdict_head.weight"], "awqlite_fuse_nodes": False}
+quantize(graph, quantize_mode=mode, calibration_method=method, calibration_data_reader=Reader(), output_path=written,
+    calibration_eps=["cpu"], high_precision_dtype="fp32", mha_accumulation_dtype="fp32",
+    **(blocks if mode == "int4" else {}))
+"""
+
+# Its extra [onnx] wants onnxruntime-gpu and cupy, so what it needs is named.
+MODELOPT_PACKAGES = (
+    ("install", "torch==2.13.0"),
+    ("install", "--no-deps", "nvidia-modelopt==0.47.0"),
+    ("install", "onnx~=1.21.0", "onnxruntime", "onnxscript==0.7.2", "onnxslim", "onnx-graphsurgeon",
+     "onnxconverter-common", "polygraphy", "scipy", "tqdm", "pydantic", "omegaconf", "nvidia-ml-py", "pulp", "regex",
+     "safetensors", "rich", "requests", "ninja", "packaging", "setuptools", "lief", "cppimport", "ml_dtypes", "pyyaml"),
+)  # fmt: skip
 
 # Writes a quantized graph at the second path, given the float one at the first and what it is calibrated on.
 Quantizer = Callable[[Path, Path, list[Tensors]], None]
@@ -98,15 +134,39 @@ def static(plain: Path, written: Path, calls: list[Tensors]) -> None:
     quantization.quantize_static(plain, written, Reader(calls), per_channel=True)
 
 
-def nncf(plain: Path, written: Path, calls: list[Tensors]) -> None:
-    """NNCF's default algorithm for transformers."""
-    python = peer_python()
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "onnx", "onnxruntime"], check=True)  # noqa: S603
+def ask_peer(python: Path, script: str, plain: Path, written: Path, calls: list[Tensors], *options: str) -> None:
+    """Have a script of another environment write the graph; it gets copies, as some change what they are given."""
     with tempfile.TemporaryDirectory() as folder:
         for number, each in enumerate(calls):
             np.savez(Path(folder) / f"{number:04d}.npz", **each)
-        command = [str(python), "-c", WORKER, str(plain), folder, str(written)]
-        subprocess.run(command, check=True, stdout=sys.stderr)  # noqa: S603
+        for file in plain.parent.glob(f"{plain.name}*"):
+            shutil.copy(file, folder)
+        command = [str(python), "-c", script, str(Path(folder) / plain.name), folder, str(written.absolute()), *options]
+        subprocess.run(command, check=True, stdout=sys.stderr, cwd=folder)  # noqa: S603
+
+
+def nncf(plain: Path, written: Path, calls: list[Tensors]) -> None:
+    """NNCF's default algorithm for transformers."""
+    ask_peer(peer_python(), NNCF, plain, written, calls)
+
+
+def modelopt(plain: Path, written: Path, calls: list[Tensors]) -> None:
+    """ModelOpt's INT8 with its default calibration."""
+    ask_peer(python_of("modelopt", *MODELOPT_PACKAGES), MODELOPT, plain, written, calls, "int8", "entropy")
+
+
+def modelopt_awq(plain: Path, written: Path, calls: list[Tensors]) -> None:
+    """ModelOpt's AWQ. It wants calls of one shape, so it gets the whole question in one, as torch is given it."""
+    detector = load_detector(json.loads((plain.parent / MANIFEST).read_text(encoding="utf-8"))["source"]["name"])
+    samples = load_samples(EMBEDDED, default_cache_folder(), lambda what, fraction: None)
+    whole = list(islice(whole_calls(detector, "language", samples), len(calls)))
+    alike = Counter(map(shapes, whole)).most_common(1)[0][0]
+    fitting = [call for call in whole if shapes(call) == alike]
+    ask_peer(python_of("modelopt", *MODELOPT_PACKAGES), MODELOPT, plain, written, fitting, "int4", "awq_lite")
+
+
+def shapes(call: Tensors) -> tuple[tuple[int, ...], ...]:
+    return tuple(call[name].shape for name in sorted(call))
 
 
 def blocks(plain: Path, written: Path, config: matmul_nbits_quantizer.WeightOnlyQuantConfig) -> None:
@@ -146,10 +206,16 @@ class Contest:
 CONTESTS = {
     8: Contest(
         ("vision_encoder", "language", "mask_encoder"),
-        {"onnxruntime-dynamic": dynamic, "onnxruntime-static": static, "nncf": nncf},
+        {"onnxruntime-dynamic": dynamic, "onnxruntime-static": static, "nncf": nncf, "modelopt": modelopt},
     ),
     4: Contest(
-        ("language",), {"onnxruntime-rtn": nearest, "onnxruntime-hqq": half_quadratic, "onnxruntime-k-quant": searched}
+        ("language",),
+        {
+            "onnxruntime-rtn": nearest,
+            "onnxruntime-hqq": half_quadratic,
+            "onnxruntime-k-quant": searched,
+            "modelopt-awq": modelopt_awq,
+        },
     ),
 }
 
