@@ -24,6 +24,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# Files that take minutes. They begin first, or one worker would still be busy with them when all others have finished.
+_LONGEST = ("test_training", "test_engines", "test_convert_memory")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
 def defaker_opt(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the real command line in a process of its own."""
     command = [*COMMAND, *map(str, arguments)]
