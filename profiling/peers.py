@@ -47,7 +47,7 @@ from defaker_opt.runtime.spec import STAGES
 from defaker_opt.samples import EMBEDDED, Samples, load_samples
 from defaker_opt.target import load_target
 
-PEER_PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0", "onnx", "onnxruntime")
+PEER_PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0", "onnx==1.23.2", "onnxruntime==1.31.1")
 Tensors = dict[str, np.ndarray]
 
 # Runs in the peers' environment: quantizes, then answers each line "run N" with milliseconds and outputs on input N.

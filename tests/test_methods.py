@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from defaker_opt.catalog import find_module, module_names
 from defaker_opt.graph.packing import pack_codes, unpack_codes
-from defaker_opt.methods import FP8, SCHEMES, Method, QuantizedWeight, Scheme, Statistics, parse_scheme
+from defaker_opt.methods import FP8, SCHEMES, Method, QuantizedWeight, Scheme, Statistics, _grids, parse_scheme
 from defaker_opt.spool import SpooledCodes
 from tests.reference.quantization import (
     optimal_rounding_plain,
@@ -360,3 +360,19 @@ def test_zero_points_and_input_factors_survive_the_spool(tmp_path: Path) -> None
         assert (again[name].input_factor is None) == (name != "a.weight")
     del again["a.weight"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("a.weight")]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["int4-g64", "int4-sym-g64", "int8", "fp8"])
+def test_grids_searched_in_pieces_are_those_of_the_whole(
+    name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = parse_scheme(name)
+    assert scheme is not None
+    values = _grids.grouped(correlated(13, 128), scheme)
+    importance = np.random.default_rng(1).random(values.shape[1:]) if weighted else None
+    whole = _grids.searched_grid(values, scheme, importance)
+    monkeypatch.setattr(_grids, "_AT_ONCE", 256)
+    pieces = _grids.searched_grid(values, scheme, importance)
+    np.testing.assert_array_equal(pieces.scale, whole.scale)
+    np.testing.assert_array_equal(pieces.zero, whole.zero)

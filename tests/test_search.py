@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import nn
 
+from defaker_opt.cli.auto import looked_at_set
 from defaker_opt.detector import load_detector
 from defaker_opt.errors import DefakerError
 from defaker_opt.files import default_cache_folder
@@ -404,3 +405,13 @@ def test_the_page_stands_alone(searched: tuple[Path, dict[str, object]]) -> None
     page = (build.with_name("found.search") / "search.html").read_text()
     assert "ACCEPT" in page and "<svg" in page and "int4-g128" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
+
+
+def test_pictures_that_were_looked_at_are_kept_from_being_judged() -> None:
+    """`embedded` is the calibration set where pictures are looked at, and the test set where they are judged."""
+    assert {looked_at_set(given) for given in ("", "embedded")} == {"calibration"}
+    first, second = (
+        load_samples(name, default_cache_folder(), lambda what, fraction: None) for name in ("embedded", "calibration")
+    )
+    assert first.digest == second.digest
+    assert looked_at_set("table.csv") == "table.csv"

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
 from defaker_opt.detector import Detector, load_detector, parameter_shapes
+from defaker_opt.errors import DefakerError
+from defaker_opt.files import default_cache_folder
 from defaker_opt.graph import Graph, traced
 from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.export import export_stage
@@ -53,13 +59,23 @@ def test_a_second_build_is_not_traced_and_has_the_same_bytes(traces: list[str], 
     assert first == second
 
 
+def attributes(node: ir.Node) -> dict[str, bytes]:
+    return {name: ir.to_proto(each).SerializeToString() for name, each in node.attributes.items()}
+
+
 def test_what_comes_from_the_cache_is_what_was_traced(traces: list[str]) -> None:
     detector = load_detector("reference")
     plain = exported(STAGE, detector.savings)
     traced_stage(detector, STAGE)
     kept = traced_stage(detector, STAGE)
     assert kept.spec == plain.spec
-    assert [node.name for node in kept.model.graph] == [node.name for node in plain.model.graph]
+    for node, exact in zip(kept.model.graph, plain.model.graph, strict=True):
+        assert (node.name, node.op_type, len(node.inputs)) == (exact.name, exact.op_type, len(exact.inputs))
+        assert attributes(node) == attributes(exact)
+    constants = set(plain.model.graph.initializers) - set(parameter_shapes(detector.config, STAGE))
+    for name in constants:
+        values = (each.model.graph.initializers[name].const_value for each in (kept, plain))
+        np.testing.assert_array_equal(*(value.numpy() for value in values if value is not None))
     assert set(kept.model.graph.initializers) == set(plain.model.graph.initializers)
     for name, shape in parameter_shapes(detector.config, STAGE).items():
         assert kept.model.graph.initializers[name].shape == shape
@@ -69,34 +85,62 @@ def test_what_comes_from_the_cache_is_what_was_traced(traces: list[str]) -> None
         ]
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff\xff\xff\xff", "half", "another"])
-def test_a_damaged_file_is_traced_anew(traces: list[str], tmp_path: Path, damage: bytes | str) -> None:
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "garbage": lambda content: b"\xff" * 64,
+    "half": lambda content: content[: len(content) // 2],
+    "end cut off": lambda content: content[:-6],
+    "one bit": flipped,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_traced_anew(traces: list[str], tmp_path: Path, damage: str) -> None:
     detector = load_detector("reference")
     traced_stage(detector, STAGE)
     [kept] = (tmp_path / "cache" / "graphs").iterdir()
     whole = kept.read_bytes()
-    if damage == "another":
-        traced_stage(detector, "mask_encoder")
-        [other] = (tmp_path / "cache" / "graphs").glob("mask_encoder-*")
-        kept.write_bytes(other.read_bytes())
-    else:
-        kept.write_bytes(whole[: len(whole) // 2] if damage == "half" else bytes(damage))
+    kept.write_bytes(DAMAGE[damage](whole))
     traced_stage(detector, STAGE)
-    assert traces.count(STAGE) == 2
+    assert traces == [STAGE] * 2
     assert kept.read_bytes() == whole
 
 
-def test_other_savings_and_other_code_are_other_graphs(
+def test_what_decides_the_graph_decides_the_file(
     traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = load_detector("reference")
+    config = detector.config
     traced_stage(detector, STAGE)
-    traced_stage(
-        dataclasses.replace(detector, savings=dataclasses.replace(detector.savings, shared_prefix=False)), STAGE
-    )
+    traced_stage(dataclasses.replace(detector, config=dataclasses.replace(config, name="x", trained=False)), STAGE)
+    assert traces == [STAGE]
+    savings = dataclasses.replace(detector.savings, shared_prefix=False)
+    traced_stage(dataclasses.replace(detector, savings=savings), STAGE)
+    language = dataclasses.replace(config.language, norm_eps=1e-3)
+    traced_stage(dataclasses.replace(detector, config=dataclasses.replace(config, language=language)), STAGE)
     monkeypatch.setattr(traced, "code_digest", lambda: "other")
     traced_stage(detector, STAGE)
-    assert traces == [STAGE] * 3
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"another {name}")
+    traced_stage(detector, STAGE)
+    assert traces == [STAGE] * 5
+
+
+def test_without_a_home_nothing_is_kept(traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DEFAKER_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    traced_stage(load_detector("reference"), STAGE)
+    assert traces == [STAGE]
+    with pytest.raises(DefakerError, match=r"no cache folder: .*; set DEFAKER_CACHE_DIR to a folder"):
+        default_cache_folder()
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(traces: list[str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from defaker_opt.runtime.build import json_text
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file; it gets its name when that went well. Raises DefakerError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -73,8 +73,15 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def default_cache_folder() -> Path:
-    """Where sets of pictures, rows and builds of references are kept: DEFAKER_CACHE_DIR, or the user's cache folder."""
+    """Where sets of pictures, rows, references, traced graphs and sensitivities are kept: DEFAKER_CACHE_DIR, or the
+    user's cache folder. Nothing removes them. Raises DefakerError if there is neither.
+    """
     chosen = os.environ.get("DEFAKER_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "defaker-opt"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "defaker-opt"
+    except RuntimeError as error:
+        raise DefakerError(
+            f"no cache folder: {error}; set DEFAKER_CACHE_DIR to a folder that can be written"
+        ) from error

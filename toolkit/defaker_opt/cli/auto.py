@@ -47,6 +47,14 @@ class Place:
     replace: bool
 
 
+def looked_at_set(calibration: str) -> str:
+    """The suite with the pictures that formats are chosen on, none of which may be judged.
+
+    `embedded` is another set among suites than among calibration sets.
+    """
+    return "calibration" if calibration in ("", "embedded") else calibration
+
+
 def quantize_auto(asked: Asked, place: Place, as_json: bool) -> None:
     """Search, build and judge. Exit code 0: accepted and within the budget; 1 beyond it; 1 and 3 as `validate`."""
     from defaker_opt.cli.progress import progress_bar
@@ -69,8 +77,7 @@ def quantize_auto(asked: Asked, place: Place, as_json: bool) -> None:
         write_source(origin, lambda part, total: report("draw weights", part / total))
         output = place.output or Path("exported") / f"{load_detector(origin).config.name}-{NAME}"
         suites = tuple(asked.suite or ["embedded"])
-        # No picture that formats were chosen on may be judged.
-        looked_at = asked.calibration or "calibration"
+        looked_at = looked_at_set(asked.calibration)
         request = Request(suites, asked.data, (), looked_at, 0, "", default_cache_folder())
         wish = Wish(origin, aim, limits, budget, asked.calibration or "embedded", request, Hands("processes", 0, 0))
         found = search(wish, output, place.replace, report)

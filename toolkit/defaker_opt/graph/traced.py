@@ -11,7 +11,6 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from defaker_opt.catalog import code_digest
 from defaker_opt.detector import Detector, parameter_shapes
@@ -23,41 +22,52 @@ from defaker_opt.graph.export import export_stage
 # What has a say in what is traced.
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
+# A file begins with the SHA-256 of the rest.
+_DIGEST_BYTES = 32
+
 
 def traced_stage(detector: Detector, stage: str) -> Graph:
-    """`export_stage`, or what it gave before for the same sizes, savings, code and packages.
+    """`export_stage`, or what it gave before for the same configuration, savings, code and packages.
 
     Either way the graph has been written and read, so that builds have the same bytes. A cache that cannot be written,
     or has been damaged, is done without.
     """
-    path = default_cache_folder() / "graphs" / f"{stage}-{_key(detector, stage)}.onnx"
     names = sorted(parameter_shapes(detector.config, stage))
-    kept = _read(path, names)
+    kept = _read(detector, stage)
     if kept is None:
         kept = _as_proto(export_stage(detector, stage).model, names)
-        with contextlib.suppress(DefakerError), whole_file(path) as partial:
-            partial.write_bytes(kept.SerializeToString())
+        with contextlib.suppress(DefakerError), whole_file(_path(detector, stage)) as partial:
+            content = kept.SerializeToString()
+            partial.write_bytes(hashlib.sha256(content).digest() + content)
     return Graph(detector.spec(stage), _from_proto(kept, names))
 
 
-def _key(detector: Detector, stage: str) -> str:
+def _path(detector: Detector, stage: str) -> Path:
+    """Named by all that decides the graph. Raises DefakerError if there is no place for a cache."""
     facts = [
         stage,
-        dataclasses.asdict(detector.config),
+        # Detectors of other names may be of the same sizes.
+        dataclasses.asdict(dataclasses.replace(detector.config, name="", trained=True)),
         dataclasses.asdict(detector.savings),
         code_digest(),
         {name: importlib.metadata.version(name) for name in _TOOLS},
     ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return default_cache_folder() / "graphs" / f"{stage}-{key}.onnx"
 
 
-def _read(path: Path, names: list[str]) -> onnx.ModelProto | None:
+def _read(detector: Detector, stage: str) -> onnx.ModelProto | None:
+    """The file's graph; None if there is none, or not every bit is what was written."""
     try:
-        proto = onnx.ModelProto()
-        proto.ParseFromString(path.read_bytes())
-    except (OSError, DecodeError):
+        whole = _path(detector, stage).read_bytes()
+    except (OSError, DefakerError):
         return None
-    return proto if [value.name for value in proto.graph.input][-len(names) :] == names else None
+    digest, content = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    proto = onnx.ModelProto()
+    proto.ParseFromString(content)
+    return proto
 
 
 def _as_proto(model: ir.Model, names: list[str]) -> onnx.ModelProto:
