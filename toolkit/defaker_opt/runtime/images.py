@@ -111,6 +111,13 @@ def image_tiles(image: Image.Image, tile_size: int, min_tiles: int, max_tiles: i
     return np.stack([normalize(tile) for tile in cut_tiles(image, tile_size, min_tiles, max_tiles)])
 
 
+def distinct_tiles(tiles: Array) -> tuple[list[int], list[int]]:
+    """Index of the first of each set of tiles whose bytes are equal, and for every tile the place of its set."""
+    places: dict[bytes, int] = {}
+    place = [places.setdefault(tile.tobytes(), len(places)) for tile in tiles]
+    return [place.index(each) for each in range(len(places))], place
+
+
 def mask_image(image: Image.Image, size: int) -> Array:
     """The whole picture as the segmenter sees it, aspect ratio not kept; [1, 3, size, size] float32."""
     return normalize(image.resize((size, size)))[None]

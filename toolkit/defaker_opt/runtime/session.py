@@ -19,7 +19,7 @@ from defaker_opt.runtime.backends import Choice, OpenStage, Tensors, find_backen
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock, Span
 from defaker_opt.runtime.engines import backend_of
-from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image
+from defaker_opt.runtime.images import distinct_tiles, full_size_mask, image_tiles, mask_image
 from defaker_opt.runtime.prompts import Prefix, extend_, load_prompts, question_input
 from defaker_opt.runtime.spec import PHASES, VOCABULARY_HEAD, StageSpec
 
@@ -171,17 +171,20 @@ class Session:
     def see(self, tiles: Array, clock: Clock) -> dict[str, NDArray[Any]]:
         """Run the vision encoder on normalized tiles [T, 3, t, t]; its outputs, tile by tile."""
         manifest, count = self.build.manifest, len(tiles)
-        if not manifest.saves("no_padding"):
-            empty = np.zeros((manifest.data["input"]["max_tiles"] + 1 - count, *tiles.shape[1:]), np.float32)
-            tiles = np.concatenate([tiles, empty])
-        first, place = _distinct(tiles) if manifest.saves("identical_tiles") else (list(range(len(tiles))),) * 2
+        with clock("preprocess"):
+            if not manifest.saves("no_padding"):
+                empty = np.zeros((manifest.data["input"]["max_tiles"] + 1 - count, *tiles.shape[1:]), np.float32)
+                tiles = np.concatenate([tiles, empty])
+            same = manifest.saves("identical_tiles")
+            first, place = distinct_tiles(tiles) if same else (list(range(len(tiles))),) * 2
         step = manifest.data["target"]["session"]["tiles"] or len(first)
         seen = [
             self.run("vision_encoder", {"tiles": tiles[first[start : start + step]]}, clock)
             for start in range(0, len(first), step)
         ]
-        whole = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
-        return {name: array[place[:count]] for name, array in whole.items()}
+        with clock("vision_encoder"):
+            whole = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
+            return {name: array[place[:count]] for name, array in whole.items()}
 
     def prefix_input(self, vision: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Input of the language stage for what both questions share: prompt, image, start of the question."""
@@ -208,7 +211,8 @@ class Session:
 
     def read_prefix(self, vision: Mapping[str, NDArray[Any]], clock: Clock) -> Prefix:
         """Compute once what both questions share, block by block of tokens, each on the key/values before it."""
-        given = self.prefix_input(vision)
+        with clock("language"):
+            given = self.prefix_input(vision)
         embeds, positions, past = given.pop("inputs_embeds"), given.pop("position_ids"), dict(given)
         image_tokens = len(vision["vision_tokens"]) * int(self.build.manifest.data["input"]["tokens_per_tile"])
         next_position = len(self.prompts()["before"]) + image_tokens + len(self.prompts()["shared"])
@@ -228,7 +232,8 @@ class Session:
 
     def ask(self, question: str, prefix: Prefix, clock: Clock) -> Array:
         """Ask a question after the shared prefix: "verdict" → logits [1, 8], "mask" → segmentation embedding [1, C]."""
-        given = self.question_input(question, prefix)
+        with clock("language"):
+            given = self.question_input(question, prefix)
         if question == "mask":
             embedding: Array = self.run("language", given, clock, ("seg_embedding",))["seg_embedding"]
             return embedding
@@ -276,13 +281,6 @@ class Session:
         logits: Array = np.asarray(decoded["mask_logits"])[0]
         _refuse_not_finite("mask_decoder", "mask_logits", logits)
         return logits
-
-
-def _distinct(tiles: Array) -> tuple[list[int], list[int]]:
-    """Index of the first of each set of tiles whose bytes are equal, and for every tile the place of its set."""
-    places: dict[bytes, int] = {}
-    place = [places.setdefault(tile.tobytes(), len(places)) for tile in tiles]
-    return [place.index(each) for each in range(len(places))], place
 
 
 def _refuse_not_finite(stage: str, output: str, values: NDArray[Any]) -> None:
