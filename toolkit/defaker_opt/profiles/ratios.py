@@ -52,11 +52,12 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Ratio:
-    """Ratio second / first from pairs that ran one right after the other, in an order drawn for each pair.
+    """Ratio second / first from pairs that ran one right after the other, in an order drawn for every second pair and
+    turned round for the next.
 
     Estimate and interval are those of the signed ranks of log ratios (Hodges and Lehmann 1963). As the order within a
     pair is drawn, the sign of each log ratio of equal builds is a fair coin whatever the machine did meanwhile, so the
-    interval's confidence needs neither normal nor independent noise. With fewer than six pairs it is unbounded.
+    interval's confidence needs no normal noise; what the order does cancels. With fewer than six pairs it is unbounded.
     """
     logs = np.log(np.asarray(second, np.float64)) - np.log(np.asarray(first, np.float64))
     rows, columns = np.triu_indices(len(logs))
