@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,8 +127,30 @@ def test_builds_take_turns_and_every_sample_is_kept(int8_build: Path) -> None:
     assert found.total.n == 4
     assert set(found.stages) == {*STAGES, "preprocess", "mask_resize"}
     spans = [name for name, _, _ in found.timeline if name != "load"]
-    assert spans.count("language") == 3
+    # Three times its input is put together, and then it runs.
+    assert spans.count("language") == 6
     assert spans[-2:] == ["mask_decoder", "mask_resize"]
+
+
+def test_who_comes_first_comes_last_in_the_next_round() -> None:
+    came: list[tuple[str, Image.Image]] = []
+
+    def judging(name: str) -> Any:
+        def judge(image: Image.Image, gate: float) -> SimpleNamespace:
+            came.append((name, image))
+            return SimpleNamespace(latency_ms={"total": 1.0}, timeline=())
+
+        return SimpleNamespace(judge=judge)
+
+    pictures = [IMAGE.copy(), IMAGE.copy()]
+    judge_in_turns([judging(name) for name in "abc"], pictures, 0.0, 1, 10, lambda what, part: None)
+    measured = came[len(pictures) * 3 :]
+    for picture in pictures:
+        order = [name for name, image in measured if image is picture]
+        rounds = [order[start : start + 3] for start in range(0, len(order), 3)]
+        assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+        for names, following in zip(rounds[::2], rounds[1::2], strict=True):
+            assert following == names[::-1]
 
 
 def test_the_operators_of_a_run_fit_into_it(int8_build: Path) -> None:
