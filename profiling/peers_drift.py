@@ -55,7 +55,7 @@ LIMITS = {"verdict_accuracy": Limit(0.005, 0.95), "mask_iou": Limit(0.005, 0.95)
 
 def our_int4(plain: Path) -> Path:
     """The recipe `int4`, but all that is not in the language part stays in float."""
-    folder = plain.with_name(f"{plain.name}-ours")
+    folder = plain.with_name(f"{plain.name}-ours-{open_build(plain).digest[:8]}")
     if folder.exists():
         return folder
     recipe = yaml.safe_load((data_folder("recipes") / "int4.yaml").read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def stage_calls(plain: Path, pictures: int) -> dict[str, list[Tensors]]:
 
 def peer_build(plain: Path, name: str, contest: Contest, pictures: int) -> Path:
     """A copy of the float build with that peer's stages, beside it."""
-    folder = plain.with_name(f"{plain.name}-{name}-{pictures}")
+    folder = plain.with_name(f"{plain.name}-{name}-{pictures}-{open_build(plain).digest[:8]}")
     if (folder / MANIFEST).exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -156,8 +156,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=32, help="that peers are calibrated on")
     given, started = parser.parse_args(), time.time()
     contest = CONTESTS[given.bits]
-    ours = [*given.ours, *([our_int4(given.plain)] if given.bits == 4 else [])]
-    folders = {folder.name: folder for folder in ours}
+    folders = {folder.name: folder for folder in given.ours}
+    folders |= {"ours": our_int4(given.plain)} if given.bits == 4 else {}
     folders |= {name: peer_build(given.plain, name, contest, given.pictures) for name in contest.peers}
     request = Request((given.suite,), None, (), "calibration", 0, "", default_cache_folder())
     rows = {name: drift_of(folder, given.plain, request) for name, folder in folders.items()}

@@ -17,7 +17,6 @@ import torch
 import yaml
 from torch import nn
 
-from defaker_opt.cli.auto import looked_at_set
 from defaker_opt.detector import load_detector
 from defaker_opt.errors import DefakerError
 from defaker_opt.files import default_cache_folder
@@ -27,7 +26,7 @@ from defaker_opt.methods import SchemeName, parse_scheme
 from defaker_opt.methods.round_to_nearest import METHOD as ROUND
 from defaker_opt.passes.quantize import Quantize
 from defaker_opt.runtime.backends import find_backend
-from defaker_opt.samples import Samples, load_samples
+from defaker_opt.samples import Samples, load_samples, suite_of
 from defaker_opt.search import LOSSES, Budget, Ledger, Offer, fitted, offered_schemes, parse_budget
 from defaker_opt.search.measure import layer_shapes
 from defaker_opt.search.recipe import _NUMBER, recipe_data, rules_of, write_recipe
@@ -409,9 +408,9 @@ def test_the_page_stands_alone(searched: tuple[Path, dict[str, object]]) -> None
 
 def test_pictures_that_were_looked_at_are_kept_from_being_judged() -> None:
     """`embedded` is the calibration set where pictures are looked at, and the test set where they are judged."""
-    assert {looked_at_set(given) for given in ("", "embedded")} == {"calibration"}
+    assert suite_of("embedded") == "calibration"
     first, second = (
         load_samples(name, default_cache_folder(), lambda what, fraction: None) for name in ("embedded", "calibration")
     )
     assert first.digest == second.digest
-    assert looked_at_set("table.csv") == "table.csv"
+    assert suite_of("table.csv") == "table.csv"

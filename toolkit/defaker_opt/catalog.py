@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import pkgutil
@@ -13,6 +14,7 @@ from defaker_opt.errors import DefakerError, one_of
 PACKAGE = Path(__file__).parent
 
 
+@functools.cache
 def code_digest() -> str:
     """SHA-256 over our own code: what was made with other code is not taken for what this would make."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))).hexdigest()

@@ -18,7 +18,7 @@ from defaker_opt.runtime.build import json_text
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file; it gets its name when that went well. Raises DefakerError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

@@ -94,8 +94,13 @@ def _table(name: str) -> tuple[Item, ...]:
     return table.items
 
 
+def suite_of(name: str) -> str:
+    """What suites call the pictures of a calibration set: there `embedded` is another set."""
+    return _EMBEDDED_SET if name == EMBEDDED else name
+
+
 def _set(name: str, cache_folder: Path, progress: Progress) -> tuple[Item, ...]:
-    set_name = _EMBEDDED_SET if name == EMBEDDED else name
+    set_name = suite_of(name)
     spec, _ = load_spec(set_name)
     if spec.split == "test":
         raise SuiteError(

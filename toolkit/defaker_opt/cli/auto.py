@@ -47,14 +47,6 @@ class Place:
     replace: bool
 
 
-def looked_at_set(calibration: str) -> str:
-    """The suite with the pictures that formats are chosen on, none of which may be judged.
-
-    `embedded` is another set among suites than among calibration sets.
-    """
-    return "calibration" if calibration in ("", "embedded") else calibration
-
-
 def quantize_auto(asked: Asked, place: Place, as_json: bool) -> None:
     """Search, build and judge. Exit code 0: accepted and within the budget; 1 beyond it; 1 and 3 as `validate`."""
     from defaker_opt.cli.progress import progress_bar
@@ -71,15 +63,17 @@ def quantize_auto(asked: Asked, place: Place, as_json: bool) -> None:
         report("load torch", 0.0)
         from defaker_opt.detector import load_detector, write_source
         from defaker_opt.report.validation import Hands, Request
+        from defaker_opt.samples import EMBEDDED, suite_of
         from defaker_opt.search.run import NAME, Wish, search
 
         origin = place.source or "reference"
         write_source(origin, lambda part, total: report("draw weights", part / total))
         output = place.output or Path("exported") / f"{load_detector(origin).config.name}-{NAME}"
         suites = tuple(asked.suite or ["embedded"])
-        looked_at = looked_at_set(asked.calibration)
-        request = Request(suites, asked.data, (), looked_at, 0, "", default_cache_folder())
-        wish = Wish(origin, aim, limits, budget, asked.calibration or "embedded", request, Hands("processes", 0, 0))
+        calibration = asked.calibration or EMBEDDED
+        # None of the pictures that formats are chosen on may be judged.
+        request = Request(suites, asked.data, (), suite_of(calibration), 0, "", default_cache_folder())
+        wish = Wish(origin, aim, limits, budget, calibration, request, Hands("processes", 0, 0))
         found = search(wish, output, place.replace, report)
     _print(found, time.perf_counter() - started, as_json)
     if not found.search.accepted:

@@ -33,17 +33,17 @@ def traced_stage(detector: Detector, stage: str) -> Graph:
     or has been damaged, is done without.
     """
     names = sorted(parameter_shapes(detector.config, stage))
-    kept = _read(detector, stage)
+    path = _path(detector, stage)
+    kept = _read(path) if path else None
     if kept is None:
         kept = _as_proto(export_stage(detector, stage).model, names)
-        with contextlib.suppress(DefakerError), whole_file(_path(detector, stage)) as partial:
-            content = kept.SerializeToString()
-            partial.write_bytes(hashlib.sha256(content).digest() + content)
+        if path:
+            _keep(kept, path)
     return Graph(detector.spec(stage), _from_proto(kept, names))
 
 
-def _path(detector: Detector, stage: str) -> Path:
-    """Named by all that decides the graph. Raises DefakerError if there is no place for a cache."""
+def _path(detector: Detector, stage: str) -> Path | None:
+    """Named by all that decides the graph; None if there is no place for a cache."""
     facts = [
         stage,
         # Detectors of other names may be of the same sizes.
@@ -53,14 +53,23 @@ def _path(detector: Detector, stage: str) -> Path:
         {name: importlib.metadata.version(name) for name in _TOOLS},
     ]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return default_cache_folder() / "graphs" / f"{stage}-{key}.onnx"
+    try:
+        return default_cache_folder() / "graphs" / f"{stage}-{key}.onnx"
+    except DefakerError:
+        return None
 
 
-def _read(detector: Detector, stage: str) -> onnx.ModelProto | None:
+def _keep(proto: onnx.ModelProto, path: Path) -> None:
+    content = proto.SerializeToString()
+    with contextlib.suppress(DefakerError), whole_file(path) as partial:
+        partial.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+def _read(path: Path) -> onnx.ModelProto | None:
     """The file's graph; None if there is none, or not every bit is what was written."""
     try:
-        whole = _path(detector, stage).read_bytes()
-    except (OSError, DefakerError):
+        whole = path.read_bytes()
+    except OSError:
         return None
     digest, content = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:

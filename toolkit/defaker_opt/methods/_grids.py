@@ -16,7 +16,7 @@ from defaker_opt.methods import FP8, Array, Doubles, QuantizedWeight, Scheme
 # Ranges that are tried, as shares of the whole one.
 _SHARES = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 
-# Numbers that a thread searches at once, so that it stays within its cache: a third of the time, and the same grids.
+# Numbers that a thread searches at once, so that they stay within its cache; grids are the same for any number.
 _AT_ONCE = 1 << 16
 
 _TINY = np.finfo(np.float32).tiny
