@@ -64,11 +64,17 @@ def _least_squares(counts: Doubles) -> float:
     Sung, Shin and Hwang 2015, "Resiliency of deep neural networks under quantization").
     """
     last = int(np.flatnonzero(counts)[-1]) + 1
-    clips = EDGES[max(1, last - _OCTAVES_TRIED * _PER_OCTAVE) : last + 1, None]
+    clips = EDGES[max(1, last - _OCTAVES_TRIED * _PER_OCTAVE) : last + 1]
     step = clips / _LARGEST_CODE
-    rounded = np.where(step / 2 > CENTRES, CENTRES**2, step**2 / 12)
-    error = np.where(clips < CENTRES, (CENTRES - clips) ** 2, rounded) @ counts
-    return float(clips[int(np.argmin(error)), 0])
+    # Numbers, their sum and the sum of their squares in the bins before each one.
+    below = np.concatenate([np.zeros((3, 1)), np.cumsum(counts * CENTRES ** np.arange(3)[:, None], axis=1)], axis=1)
+    first_rounded = np.searchsorted(CENTRES, step / 2, side="left")
+    first_cut = np.searchsorted(CENTRES, clips, side="right")
+    zeroed = below[2, first_rounded]
+    rounded = step**2 / 12 * (below[0, first_cut] - below[0, first_rounded])
+    number, total, squares = below[:, -1:] - below[:, first_cut]
+    error = zeroed + rounded + squares - 2 * clips * total + clips**2 * number
+    return float(clips[int(np.argmin(error))])
 
 
 def _least_divergence(counts: Doubles) -> float:
