@@ -62,6 +62,7 @@ def is_installed(module: str) -> bool:
 # By backend: what it runs with, any of them, and where the first comes from.
 _PACKAGES = {
     "onnx_runtime": (("onnxruntime",), "pip install 'defaker-opt[cpu]'"),
+    "openvino": (("openvino",), "pip install 'defaker-opt[openvino]'"),
     "tensor_rt": (
         ("tensorrt", "tensorrt_rtx"),
         "JetPack has it, elsewhere: pip install tensorrt; then defaker-opt compile BUILD",

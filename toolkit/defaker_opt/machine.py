@@ -18,7 +18,18 @@ _INSTRUCTIONS = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 )
 _PACKAGES = (
-    *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "transformers", "onnx", "onnx-ir"),
+    *(
+        "numpy",
+        "pillow",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "openvino",
+        "tensorrt",
+        "torch",
+        "transformers",
+        "onnx",
+        "onnx-ir",
+    ),
     *("onnxscript", "safetensors", "pyyaml", "scipy", "ray"),
 )
 _QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits")

@@ -32,6 +32,7 @@ from defaker_opt.gptq_folder import check_apart, hold, is_written, write_gptq
 from defaker_opt.gptq_folder.layout import Layout, find_layout
 from defaker_opt.progress import Progress, part_of
 from defaker_opt.recipe import Recipe, pass_name
+from defaker_opt.runtime.backends import find_backend
 from defaker_opt.runtime.build import (
     FORMAT,
     MANIFEST,
@@ -59,6 +60,8 @@ _CONTENT = "build"
 _PLAN = "plan.json"
 _CODES = "codes"
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
+# What also decides a build's numbers, by backend of its target.
+_TOOLS_OF = {"openvino": ("openvino",)}
 
 # The self-test's tolerances: rounding moves the outputs of a quantized build from machine to machine.
 _EXACT = {"probability_tolerance": 1e-3, "mask_tolerance": 1e-3}
@@ -116,7 +119,7 @@ def plan_job(recipe: Recipe, target: Target, source: str, progress: Progress = _
             **words,
         },
         **({"calibration": samples.as_json()} if samples else {}),
-        "tools": tool_versions(),
+        "tools": tool_versions(target.backend),
     }
     return Job(recipe, target, source, detector, plan, samples)
 
@@ -129,9 +132,15 @@ def _samples(recipe: Recipe, looks: list[str], progress: Progress) -> Samples | 
     return load_samples(recipe.calibration, default_cache_folder(), progress)
 
 
-def tool_versions() -> dict[str, str]:
-    """What this build is made with; our own code by its hash too, so that no stage of older code is ever reused."""
-    versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+def tool_versions(backend: str) -> dict[str, str]:
+    """What a build is made with; our own code by its hash too, so that no stage of older code is ever reused.
+
+    Raises BuildError if the build would be checked with a library that is not installed.
+    """
+    own = _TOOLS_OF.get(backend, ())
+    if own:
+        find_backend(backend)
+    versions = {name: importlib.metadata.version(name) for name in (*_TOOLS, *own)}
     return {"defaker-opt": f"{__version__}+{code_digest()[:12]}", "python": platform.python_version(), **versions}
 
 
@@ -242,7 +251,7 @@ def _fill(job: Job, work: Path, detector: Detector, passes: list[dict[str, Any]]
         "input": input_facts(detector),
         "prompt": prompt_facts(detector),
         "thresholds": {"fake_probability": 0.5, "gate": 0.5 if detector.savings.gated_mask else 0.0, "mask_logit": 0.0},
-        "self_test": _tolerances(passes),
+        "self_test": _tolerances(passes, job.target),
         "stages": {stage: {"spec": detector.spec(stage).as_json()} for stage in job.recipe.stages()},
     }
     if job.recipe.explain:
@@ -261,12 +270,12 @@ def _fill(job: Job, work: Path, detector: Detector, passes: list[dict[str, Any]]
     return data
 
 
-def _tolerances(passes: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the self-test, by the coarsest codes that passes have noted."""
+def _tolerances(passes: list[dict[str, Any]], target: Target) -> dict[str, float]:
+    """Of the self-test, by the coarsest codes that passes have noted, and by what the rest is computed in."""
     schemes = {scheme for each in passes for notes in each.values() for scheme in notes.get("quantized", {}).values()}
     if any(scheme.startswith("fp8") for scheme in schemes):
         return _FLOATING
-    return _QUANTIZED if schemes else _EXACT
+    return _QUANTIZED if schemes or target.compute_here != "float32" else _EXACT
 
 
 def _stage_shares(detector: Detector, stages: tuple[str, ...]) -> dict[str, float]:

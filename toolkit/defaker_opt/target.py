@@ -15,8 +15,8 @@ from defaker_opt.errors import ConfigError, DefakerError, one_of
 # For each kind of code, the ways of writing it into a graph; `graph/codes.py` says what each is.
 ENCODINGS = {
     "float": ("matmul",),
-    "int8": ("matmul_integer",),
-    "int8-token": ("matmul_integer_token",),
+    "int8": ("matmul_integer", "dq_int8"),
+    "int8-token": ("matmul_integer_token", "dq_int8"),
     "int8-static": ("qdq_uint8", "qdq_int8"),
     "fp8-static": ("qdq_fp8",),
     "int4": ("matmul_nbits",),
@@ -31,8 +31,8 @@ _FP8_SM = 89
 PLANNED_BACKENDS = ("onnx_runtime_web",)
 
 
-# The backend that takes the type of linear layers from `compute`; runtime/engines.py knows it as TORCH.
-_CHOOSES_TYPE = "torch_cuda"
+# The backends that `compute` tells in which type to compute; runtime/engines.py knows the first as TORCH.
+_CHOOSE_TYPE = ("torch_cuda", "openvino")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class SessionOptions:
     TensorrtExecutionProvider; none = the CPU's.
 
     compute: of the backend torch_cuda, the type that linear layers hand on, and of attention where the graph does not
-    say float16; norms, sums of residuals and what leaves a stage are float32 always, but for attention's values.
+    say float16; norms, sums of residuals and what leaves a stage are float32 always, but for attention's values. Of the
+    backend openvino, the type of everything that is not a product of codes.
     """
 
     threads: int = 0
@@ -107,6 +108,11 @@ class Target:
         return self.backend in module_names("runtime.backends")
 
     @property
+    def compute_here(self) -> str:
+        """What float stages compute in where the build is made; GPUs are elsewhere, so their graphs run as written."""
+        return self.session.compute if self.backend == "openvino" else "float32"
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of code it can run; with a planned backend, those that the device has a rate for."""
         if self.available or self.device is None:
@@ -161,11 +167,11 @@ def _check_codes(target: Target, report: strict.Report) -> None:
 
 def _check_compute(target: Target, report: strict.Report) -> None:
     """Other backends compute as the graph says, and would ignore it."""
-    if target.session.compute != SessionOptions.compute and target.backend != _CHOOSES_TYPE:
+    if target.session.compute != SessionOptions.compute and target.backend not in _CHOOSE_TYPE:
         report(
             "session.compute",
-            f"{target.session.compute} is chosen with the backend {_CHOOSES_TYPE} alone, and backend is "
-            f"{target.backend}; leave it out, or set backend: {_CHOOSES_TYPE}",
+            f"{target.session.compute} is chosen with the backends {' and '.join(_CHOOSE_TYPE)} alone, and backend is "
+            f"{target.backend}; leave it out, or set backend: {_CHOOSE_TYPE[0]}",
         )
 
 

@@ -6,7 +6,7 @@ matmul_integer         activations to uint8 with one scale a call, integer produ
 matmul_integer_token   the same with one scale a token, which outliers in other tokens cannot spoil
 matmul_nbits           onnxruntime's blocked product of few bits; codes packed [out, groups, group * bits / 8],
                        scale [out * groups], zero points packed [out * ceil(groups * bits / 8)]
-qdq_*, dq_int4         see `graph/qdq.py`
+qdq_*, dq_*            see `graph/qdq.py`
 An input factor [in] of a layer's codes becomes a Mul before it.
 """
 
@@ -24,7 +24,7 @@ from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.graph import Graph
 from defaker_opt.graph.layers import Layer, layers_of, replace_layer_
 from defaker_opt.graph.packing import pack_codes
-from defaker_opt.graph.qdq import BLOCKS_OPSET, static_writer, write_int4_
+from defaker_opt.graph.qdq import BLOCKS_OPSET, static_writer, write_int4_, write_int8_
 from defaker_opt.graph.tensors import (
     Codes,
     Quantized,
@@ -194,6 +194,7 @@ WRITERS: dict[str, Callable[[ir.Graph, Layer, Codes, QuantizedInputs], None]] = 
     "qdq_uint8": static_writer("qdq_uint8"),
     "qdq_int8": static_writer("qdq_int8"),
     "qdq_fp8": static_writer("qdq_fp8"),
+    "dq_int8": write_int8_,
     "dq_int4": write_int4_,
     "matmul_nbits": _matmul_nbits_,
 }

@@ -3,6 +3,7 @@
 qdq_uint8   activations with one scale for good, around zero point 128; codes [in, out] int8 and scale [out]
 qdq_int8    the same numbers around zero point 0, as TensorRT wants them
 qdq_fp8     the same in FP8 (E4M3)
+dq_int8     weights only: codes [in, out] int8 and scale [out]; how activations are rounded is the runtime's choice
 dq_int4     weights only: codes [in, out] int4 and scale [groups, out] float16, and a float16 product; norms, sums and
             softmax around it stay float32
 """
@@ -65,6 +66,14 @@ class _StaticCodes:
         zero = constant_(graph, "input_zero", _ZERO[self.encoding])
         node = ir.node("QuantizeLinear", [layer.x, scale, zero], name=f"{layer.name}.quantize")
         return [node], (node.outputs[0], scale, zero)
+
+
+def write_int8_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: QuantizedInputs) -> None:
+    """Writes layers with codes of 8 bits, whose activations the runtime rounds."""
+    weight, scale = codes_and_scale(graph, layer, codes)
+    decoded = ir.node("DequantizeLinear", [weight, scale], {"axis": 1}, name=f"{layer.name}.dequantize_weight")
+    product = ir.node("MatMul", [layer.x, decoded.outputs[0]], name=layer.name)
+    replace_layer_(graph, layer, [decoded, product], product.outputs[0])
 
 
 def write_int4_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: QuantizedInputs) -> None:
