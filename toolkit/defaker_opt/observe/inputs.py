@@ -79,6 +79,18 @@ def question_inputs(
     return inputs
 
 
+def stage_inputs(detector: Detector, stage: str, samples: Samples) -> Iterator[StageInput]:
+    """What a stage that pictures or the vision encoder feed is given, by the stages before it as they are now."""
+    if stage == "vision_encoder":
+        return tile_inputs(detector, samples)
+    if stage == "mask_encoder":
+        return whole_inputs(detector, samples)
+    assert stage == "language", f"{stage} is fed by others too"
+    vision = detector.stream_stage("vision_encoder")
+    tiles = tile_inputs(detector, samples)
+    return (call for each in tiles for call in question_inputs(detector, [vision(*each.tensors)], None))
+
+
 def _weights(before: int, image: int, after: int, balance: Balance | None) -> torch.Tensor | None:
     if balance is None:
         return None
