@@ -32,8 +32,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import yaml
-from peer_quantizers import CONTESTS, Contest
-from peers import Tensors
+from peer_quantizers import CONTESTS, Contest, Tensors
 from rich.console import Console
 from rich.table import Table
 
