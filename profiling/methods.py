@@ -98,7 +98,7 @@ def quantize(
     names = [name for name in linear_weights(detector.config, "language") if "verdict_head" not in name]
     needs = dict.fromkeys(names, chooser.NEEDS)
     with torch.inference_mode():
-        walk = Sweep(detectors, needs).walk("language", [questions], keep=False)
+        walk = Sweep(detectors, needs).walk("language", lambda: [questions])
         for name, seen in ((name, seen) for group in walk for name, seen in group.items()):
             weight, whole = original.read(name).numpy(), parse_scheme(scheme)
             fitted = whole.fitted(weight.shape[1]) if whole and name in needs else None

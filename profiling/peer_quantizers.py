@@ -37,6 +37,7 @@ from defaker_opt.observe.inputs import StageInput, stage_inputs
 from defaker_opt.observe.sweep import Sweep
 from defaker_opt.passes.quantize import Quantize
 from defaker_opt.recipe import load_recipe
+from defaker_opt.runtime.backends.onnx_runtime import OPEN_ERRORS
 from defaker_opt.runtime.build import MANIFEST
 from defaker_opt.samples import EMBEDDED, Samples, load_samples
 from defaker_opt.target import load_target
@@ -183,7 +184,7 @@ def ours(detector: Detector, stage: str, recipe: str, target: str) -> Callable[[
         names = [tensor.name for tensor in detector.spec(stage).inputs]
         given = [StageInput(tuple(torch.from_numpy(call[name]) for name in names)) for call in calls]
         with torch.inference_mode():
-            for group in Sweep([coded], needs).walk(stage, [given], keep=False):
+            for group in Sweep([coded], needs).walk(stage, lambda: [given]):
                 for name, seen in group.items():
                     scheme = parse_scheme(rules[name].scheme)
                     if scheme and (scheme := scheme.fitted(shapes[name][1])):
@@ -202,7 +203,7 @@ def dynamic(plain: Path, written: Path, calls: list[Tensors]) -> None:
             settings = onnxruntime.SessionOptions()
             settings.log_severity_level = 4
             onnxruntime.InferenceSession(str(written), settings).run(None, calls[0])
-        except Exception as failure:  # noqa: BLE001 - its errors have no base class of their own
+        except OPEN_ERRORS as failure:
             print(f"{plain.stem}, per_channel={per_channel}: {str(failure)[:200]}", file=sys.stderr)
         else:
             return

@@ -31,18 +31,20 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import onnxruntime
-import openvino
 import peer_quantizers
 from peer_quantizers import NNCF_PACKAGES, Tensors, ours, stage_calls
 from rich.console import Console
 from rich.table import Table
 
 from defaker_opt.detector import Detector, load_detector
+from defaker_opt.errors import BuildError
 from defaker_opt.files import default_cache_folder
 from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.export import export_stage
 from defaker_opt.graph.write import write_graph
 from defaker_opt.runtime.backends import find_backend
+from defaker_opt.runtime.backends.onnx_runtime import OPEN_ERRORS
+from defaker_opt.runtime.backends.openvino import openvino
 from defaker_opt.samples import EMBEDDED, Samples, load_samples
 from defaker_opt.target import load_target
 
@@ -84,7 +86,7 @@ def made(name: str, source: str, stage: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--make", name, "--source", source, "--stages", stage, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - ourselves
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [f"ended with {done.returncode}", *filter(str.strip, done.stderr.splitlines())]
         return {"failed": next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     # A peer with an environment of its own speaks for itself.
@@ -137,9 +139,14 @@ def contest(detector: Detector, stage: str, folder: Path, given: argparse.Namesp
     for name in (*OURS, *PEERS):
         print(f"{stage}: {name}", file=sys.stderr)
         rows[name] = made(name, given.source, stage, folder)
-    runs = {
-        n: opened(n, stage, folder, tests, detector, given.threads) for n, row in rows.items() if "failed" not in row
-    }
+    runs = {}
+    for name in [name for name, row in rows.items() if "failed" not in row]:
+        try:
+            runs[name] = opened(name, stage, folder, tests, detector, given.threads)
+            runs[name](0)
+        except (BuildError, *OPEN_ERRORS) as error:
+            rows[name] = {"failed": str(error)[:300]}
+            runs.pop(name, None)
     measure(runs, rows, len(tests), given.rounds)
     return rows
 
@@ -211,8 +218,14 @@ def main() -> None:
             print(stage, json.dumps(results[stage]), file=sys.stderr)
     print_table(results, given.source)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    facts: dict[str, Any] = {name: getattr(given, name) for name in ("source", "tiles", "tokens", "pictures", "rounds")}
-    versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__, "peers": NNCF_PACKAGES}
+    facts: dict[str, Any] = {
+        name: getattr(given, name) for name in ("source", "tiles", "tokens", "pictures", "rounds", "threads")
+    }
+    versions = {
+        "onnxruntime": onnxruntime.__version__,
+        "openvino": openvino.__version__,
+        "peers": [*NNCF_PACKAGES, "nvidia-modelopt==0.47.0"],
+    }
     facts["seconds"] = round(time.time() - started)
     print(json.dumps({"stages": results, **facts, "machine": machine, "versions": versions}))
 

@@ -45,6 +45,27 @@ def test_every_number_is_counted_once_however_it_comes() -> None:
     assert counts.sum() == len(x)
 
 
+def least_squares_plain(counts: np.ndarray) -> float:
+    """The clip with the least error, each tried on every bin."""
+    last = int(np.flatnonzero(counts)[-1]) + 1
+    clips = EDGES[max(1, last - 512) : last + 1, None]
+    step = clips / 127
+    rounded = np.where(step / 2 > CENTRES, CENTRES**2, step**2 / 12)
+    error = np.where(clips < CENTRES, (CENTRES - clips) ** 2, rounded) @ counts
+    return float(clips[int(np.argmin(error)), 0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("outliers", [0, 1, 8, 3000])
+def test_running_sums_find_the_clip_that_trying_all_finds(seed: int, outliers: int) -> None:
+    x = activation(seed, outliers) * 10.0 ** (seed - 3)
+    counts = np.concatenate([[0.0], counted(x)[1:]])
+    assert 127 * input_scale(counted(x), "mse") == pytest.approx(least_squares_plain(counts), rel=1e-12)
+    alone = np.zeros_like(counts)
+    alone[1500 + 37 * seed] = 5
+    assert 127 * input_scale(alone, "mse") == pytest.approx(least_squares_plain(alone), rel=1e-12)
+
+
 def test_the_largest_is_reached_and_hardly_passed() -> None:
     x = activation()
     assert 1 <= 127 * input_scale(counted(x), "largest") / np.abs(x).max() < 1.016

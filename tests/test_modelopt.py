@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -18,7 +19,8 @@ from defaker_opt.detector import linear_weights, load_detector
 from defaker_opt.errors import PassError
 from defaker_opt.files import default_cache_folder
 from defaker_opt.observe.inputs import stage_inputs
-from defaker_opt.passes.modelopt import Modelopt, _config, _quantize_, _spread, codes_of
+from defaker_opt.passes._modelopt import _config, _quantize_, codes_of
+from defaker_opt.passes.modelopt import Modelopt, _spread
 from defaker_opt.recipe import load_recipe, parse_recipe
 from defaker_opt.runtime import open_build, open_session
 from defaker_opt.sample import sample_image
@@ -62,7 +64,7 @@ def inputs() -> list[tuple[torch.Tensor, ...]]:
 )
 def test_codes_are_those_that_modelopt_computes_with(algorithm: str, error: float, same: float) -> None:
     module, before, calls = TwoLayers(), TwoLayers(), inputs()
-    _quantize_(module, algorithm, SHAPES, calls, 6.0)
+    _quantize_(module, algorithm, SHAPES, lambda: iter(calls), 6.0)
     for index, name in enumerate(("a", "b")):
         layer = module.get_submodule(name)
         codes = codes_of(layer)
@@ -83,7 +85,7 @@ def test_codes_are_those_that_modelopt_computes_with(algorithm: str, error: floa
 @needs_modelopt
 def test_blocks_fit_the_columns_of_each_layer() -> None:
     module = TwoLayers()
-    _quantize_(module, "int4-awq", SHAPES, inputs(), 6.0)
+    _quantize_(module, "int4-awq", SHAPES, lambda: iter(inputs()), 6.0)
     first, second = (codes_of(module.get_submodule(name)) for name in "ab")
     assert first is not None and second is not None
     assert [str(codes.scheme) for codes in (first, second)] == ["int4-sym-g128", "int4-sym-g64"]
@@ -128,6 +130,22 @@ def test_auto_keeps_to_its_bits() -> None:
     assert (sum(bits[name] * sizes[name] for name in bits) + whole) / everything <= 6.0
 
 
+@needs_modelopt
+@pytest.mark.parametrize("algorithm", ["int8-smoothquant", "auto"])
+def test_what_a_killed_run_left_is_not_quantized_again(algorithm: str) -> None:
+    samples = _spread(load_samples("embedded", default_cache_folder(), lambda what, fraction: None), 2)
+    each = Modelopt({"language": algorithm}, ("language.verdict_head.*",), pairs=2)
+    whole, resumed = (dataclasses.replace(load_detector("reference"), codes={}) for _ in range(2))
+    each.apply(whole, lambda what, fraction: None, samples)
+    for name in list(whole.codes)[:5]:
+        resumed.codes[name] = whole.codes[name]
+    each.apply(resumed, lambda what, fraction: None, samples)
+    assert whole.codes.keys() == resumed.codes.keys()
+    for name, codes in whole.codes.items():
+        assert np.array_equal(codes.codes, resumed.codes[name].codes), name
+        assert codes.scheme == resumed.codes[name].scheme
+
+
 def test_pairs_are_spread_over_the_set_and_stay_together() -> None:
     whole = load_samples("embedded", default_cache_folder(), lambda what, fraction: None)
     few = _spread(whole, 16)
@@ -147,6 +165,10 @@ def test_what_a_target_does_not_run_is_refused() -> None:
         Modelopt({"language": "fp8"}).check(reference_config(), load_target("orin-nano-super-8gb"))
     with pytest.raises(PassError, match=r"keep: 'language.lm_head.\*' matches no linear layer of language"):
         Modelopt({"language": "int4-awq"}, ("language.lm_head.*",)).check(reference_config(), load_target("a10"))
+    language = dataclasses.replace(reference_config().language, intermediate_size=480)
+    narrow = dataclasses.replace(reference_config(), language=language)
+    with pytest.raises(PassError, match=r"share no blocks that engines take \(language\S*down_proj.weight has 480\)"):
+        Modelopt({"language": "auto"}).check(narrow, load_target("a10"))
 
 
 @pytest.mark.parametrize(

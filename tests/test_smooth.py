@@ -13,6 +13,7 @@ from defaker_opt.errors import PassError
 from defaker_opt.files import default_cache_folder
 from defaker_opt.observe import recorded
 from defaker_opt.observe.inputs import question_inputs, tile_inputs, whole_inputs
+from defaker_opt.passes.quantize import Quantize, Rule
 from defaker_opt.passes.smooth import Smooth
 from defaker_opt.samples import Samples, load_samples
 from defaker_opt.target import load_target
@@ -97,3 +98,14 @@ def test_scales_of_two_calls_multiply() -> None:
 def test_a_glob_that_matches_no_norms_reader_is_an_error() -> None:
     with pytest.raises(PassError, match="matches no layer that reads a norm"):
         Smooth("mask_decoder.*").check(load_detector("reference").config, load_target("cpu"))
+
+
+def test_a_run_that_was_killed_in_the_pass_behind_it_goes_on(samples: Samples, smoothed: Detector) -> None:
+    """What a later pass left in the spool must not decide what is folded."""
+    detector = replace(load_detector("reference"), codes={}, scales={})
+    Quantize((Rule("vision_encoder.*", "int8"), Rule("*", "float"))).apply(detector, lambda what, fraction: None)
+    assert detector.codes
+    Smooth().apply(detector, lambda what, fraction: None, samples)
+    assert detector.scales.keys() == smoothed.scales.keys()
+    for name, (rows, columns) in smoothed.scales.items():
+        assert torch.equal(rows, detector.scales[name][0]) and torch.equal(columns, detector.scales[name][1])

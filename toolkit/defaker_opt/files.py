@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from typing import Any
 
 from defaker_opt.errors import DefakerError, write_failure
 from defaker_opt.runtime.build import json_text
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @contextlib.contextmanager
@@ -28,6 +31,22 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def keep_digested(path: Path, content: bytes) -> None:
+    """Write a file of a cache, its SHA-256 first. Where there is no room for it, it is done without."""
+    with contextlib.suppress(DefakerError), whole_file(path) as partial:
+        partial.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+def read_digested(path: Path) -> bytes | None:
+    """What `keep_digested` wrote; None if it is not there, or not every bit is what was written."""
+    try:
+        whole = path.read_bytes()
+    except OSError:
+        return None
+    digest, content = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else None
 
 
 @contextlib.contextmanager
@@ -73,8 +92,8 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def default_cache_folder() -> Path:
-    """Where sets of pictures, rows, references, traced graphs and sensitivities are kept: DEFAKER_CACHE_DIR, or the
-    user's cache folder. Nothing removes them. Raises DefakerError if there is neither.
+    """Where sets of pictures, rows, references, graphs, statistics and sensitivities are kept: DEFAKER_CACHE_DIR, or
+    the user's cache folder. Nothing but old statistics is ever removed. Raises DefakerError if there is neither.
     """
     chosen = os.environ.get("DEFAKER_CACHE_DIR")
     if chosen:

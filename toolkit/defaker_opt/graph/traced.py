@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -15,15 +14,12 @@ import onnx_ir as ir
 from defaker_opt.catalog import code_digest
 from defaker_opt.detector import Detector, parameter_shapes
 from defaker_opt.errors import DefakerError
-from defaker_opt.files import default_cache_folder, whole_file
+from defaker_opt.files import default_cache_folder, keep_digested, read_digested
 from defaker_opt.graph import Graph
 from defaker_opt.graph.export import export_stage
 
 # What has a say in what is traced.
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-
-# A file begins with the SHA-256 of the rest.
-_DIGEST_BYTES = 32
 
 
 def traced_stage(detector: Detector, stage: str) -> Graph:
@@ -38,7 +34,7 @@ def traced_stage(detector: Detector, stage: str) -> Graph:
     if kept is None:
         kept = _as_proto(export_stage(detector, stage).model, names)
         if path:
-            _keep(kept, path)
+            keep_digested(path, kept.SerializeToString())
     return Graph(detector.spec(stage), _from_proto(kept, names))
 
 
@@ -59,20 +55,10 @@ def _path(detector: Detector, stage: str) -> Path | None:
         return None
 
 
-def _keep(proto: onnx.ModelProto, path: Path) -> None:
-    content = proto.SerializeToString()
-    with contextlib.suppress(DefakerError), whole_file(path) as partial:
-        partial.write_bytes(hashlib.sha256(content).digest() + content)
-
-
 def _read(path: Path) -> onnx.ModelProto | None:
     """The file's graph; None if there is none, or not every bit is what was written."""
-    try:
-        whole = path.read_bytes()
-    except OSError:
-        return None
-    digest, content = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
+    content = read_digested(path)
+    if content is None:
         return None
     proto = onnx.ModelProto()
     proto.ParseFromString(content)

@@ -114,9 +114,10 @@ class Collector:
                 fitting = weights if weights is not None and len(weights) == len(x) else None
                 sums.add_(x, None if other is None else other.reshape(x.shape), fitting)
 
-    def statistics(self, name: str) -> Statistics:
-        """What was seen of a layer."""
-        return self.sums[self.shared[name]].statistics()
+    def found(self) -> dict[str, Statistics]:
+        """What was seen of each layer; layers that share their sums share it."""
+        by_owner = {owner: sums.statistics() for owner, sums in self.sums.items()}
+        return {name: by_owner[owner] for name, owner in self.shared.items()}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ the detector computes in float stays the same to the last bit.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -73,6 +74,8 @@ class Smooth:
     def apply(self, detector: Detector, progress: Progress, samples: Samples | None = None) -> PassResult:
         """See `Pass`."""
         assert samples is not None, "check said that pictures are needed"
+        # A later pass of a run that was killed may have left codes behind; scales are found as if it had not begun.
+        detector = dataclasses.replace(detector, codes={})
         folds = list(self._folds(detector.config))
         by_reader = {fold.readers[0]: fold for fold in folds}
         notes = {}

@@ -24,7 +24,8 @@ from defaker_opt.runtime.spec import StageSpec
 _LOG_ERRORS_ONLY = 3
 _CPU = "CPUExecutionProvider"
 
-_OPEN_ERRORS = (
+# What it raises when it opens or runs a graph; they have no base of their own.
+OPEN_ERRORS = (
     RuntimeError,
     ValueError,
     native.Fail,
@@ -122,7 +123,7 @@ def _open(file: Path, settings: onnxruntime.SessionOptions, options: Mapping[str
             )
     try:
         session = onnxruntime.InferenceSession(str(file), settings, providers=list(dict.fromkeys([*providers, _CPU])))
-    except _OPEN_ERRORS as error:
+    except OPEN_ERRORS as error:
         raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
     for name in providers:
         # One that cannot start is only warned about, and the CPU does its work.

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
+import queue
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 from numpy.typing import NDArray
 
 from defaker_opt.errors import BuildError, one_of
 from defaker_opt.runtime.backends import OpenStage, Operator, Tensors, Trace, check_input
 from defaker_opt.runtime.spec import StageSpec
+
+# Its import would report itself to an analytics service, if the package that does so could be imported.
+_REPORTS = "openvino_telemetry"
+_had = sys.modules.get(_REPORTS)
+sys.modules[_REPORTS] = None  # type: ignore[assignment]
+try:
+    import openvino
+finally:
+    del sys.modules[_REPORTS]
+    if _had is not None:
+        sys.modules[_REPORTS] = _had
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -36,16 +47,20 @@ def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenS
     codes. Raises BuildError if OpenVINO cannot.
     """
     compiled = _compile(file, options)
-    # A request has buffers of its own, so calls of several threads do not meet.
-    own = threading.local()
+    # A request has buffers of its own, so calls of several threads, which come and go, do not meet.
+    idle: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
 
     def run(tensors: Tensors, outputs: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         check_input(spec, tensors)
-        if not hasattr(own, "request"):
-            own.request = compiled.create_infer_request()
-        own.request.infer(dict(tensors), share_inputs=True)
+        try:
+            request = idle.get_nowait()
+        except queue.Empty:
+            request = compiled.create_infer_request()
+        request.infer(dict(tensors), share_inputs=True)
         # Copies, as the next call writes to the same buffers.
-        return {name: np.array(own.request.get_tensor(name).data) for name in outputs}
+        results = {name: np.array(request.get_tensor(name).data) for name in outputs}
+        idle.put(request)
+        return results
 
     return run
 
@@ -109,8 +124,7 @@ def _compile(file: Path, options: Mapping[str, Any]) -> openvino.CompiledModel:
 def _group(model: openvino.Model) -> int:
     """How many columns of an activation share a scale, if it has none in the graph: as many as fit all products."""
     columns = [count for node in model.get_ops() if node.get_type_name() == "MatMul" for count in _coded(node)]
-    shared = functools.reduce(math.gcd, columns, _LONGEST_GROUP)
-    return shared & -shared
+    return functools.reduce(math.gcd, columns, _LONGEST_GROUP)
 
 
 def _coded(product: openvino.Node) -> Iterator[int]:
