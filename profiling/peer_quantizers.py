@@ -122,13 +122,16 @@ from pathlib import Path
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 given, written = Path(sys.argv[1]), sys.argv[2]
 config = AutoConfig.from_pretrained(given)
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 model.load_state_dict(load_file(given / "weights.safetensors"), strict=False)
 model.save_pretrained(given / "plain")
+words = Tokenizer(models.WordLevel({"?": 0, "!": 1}, unk_token="?"))  # it asks for one, and is given none of its words
+PreTrainedTokenizerFast(tokenizer_object=words, pad_token="!", eos_token="?").save_pretrained(given / "plain")
 questions = json.loads((given / "questions.json").read_text())
 examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in questions]
 model = GPTQModel.load(str(given / "plain"), QuantizeConfig(bits=4, group_size=64, device="cpu"), dtype=torch.float32)
