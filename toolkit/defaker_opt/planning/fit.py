@@ -11,7 +11,7 @@ from defaker_opt.device import Device, Fact
 from defaker_opt.errors import DefakerError, PassError
 from defaker_opt.machine import Machine, read_machine
 from defaker_opt.planning.forecast import Forecast, forecast, has_vocabulary
-from defaker_opt.recipe import Recipe, load_recipe
+from defaker_opt.recipe import Recipe, load_recipe, pass_name
 from defaker_opt.target import Target, load_target
 
 # Cores that the rates of targets for plain CPUs are stated for.
@@ -82,6 +82,8 @@ def _nearest(recipe: Recipe, target: Target, device: Device, detector: Detector,
     fitting = []
     for name in yaml_names("recipes"):
         other = load_recipe(name)
+        if "modelopt" in map(pass_name, other.passes):
+            continue  # it wants a whole stage in memory, and a package of its own
         try:
             found = forecast(other, target, device, detector, tiles, here)
         except PassError:
