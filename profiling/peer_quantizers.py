@@ -33,7 +33,7 @@ from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.traced import traced_stage
 from defaker_opt.graph.write import write_graph
 from defaker_opt.methods import parse_scheme
-from defaker_opt.observe.inputs import StageInput, stage_inputs
+from defaker_opt.observe.inputs import StageInput, calibration_inputs
 from defaker_opt.observe.sweep import Sweep
 from defaker_opt.passes.quantize import Quantize
 from defaker_opt.recipe import load_recipe
@@ -140,10 +140,11 @@ model.save(written)
 """
 
 
+MODELOPT_PACKAGE = "nvidia-modelopt==0.47.0"
 # Its extra [onnx] wants onnxruntime-gpu and cupy, so what it needs is named.
 MODELOPT_PACKAGES = (
     ("install", "torch==2.13.0"),
-    ("install", "--no-deps", "nvidia-modelopt==0.47.0"),
+    ("install", "--no-deps", MODELOPT_PACKAGE),
     ("install", "onnx~=1.21.0", "onnxruntime==1.31.1", "onnxscript==0.7.2", "onnxslim", "onnx-graphsurgeon",
      "onnxconverter-common", "polygraphy", "scipy", "tqdm", "pydantic", "omegaconf", "nvidia-ml-py", "pulp", "regex",
      "safetensors", "rich", "requests", "ninja", "packaging", "setuptools", "lief", "cppimport", "ml_dtypes", "pyyaml"),
@@ -167,7 +168,7 @@ class Reader(quantization.CalibrationDataReader):
 def stage_calls(detector: Detector, stage: str, samples: Samples) -> Iterator[Tensors]:
     """What a stage is given for pictures, by the float stages before it."""
     names = [tensor.name for tensor in detector.spec(stage).inputs]
-    calls = stage_inputs(detector, stage, samples)
+    calls = calibration_inputs(detector, stage, samples)
     return ({n: tensor.numpy() for n, tensor in zip(names, call.tensors)} for call in calls)
 
 
@@ -272,7 +273,8 @@ def gptqmodel(plain: Path, written: Path, calls: list[Tensors]) -> None:
     """GPTQModel's GPTQ with its defaults, in blocks as long as the others'. It knows tokens alone, so each position of
     a calibration question becomes a token of its own; the codes are then decoded into the float graph.
     """
-    detector = load_detector(json.loads((plain.parent / MANIFEST).read_text(encoding="utf-8"))["source"]["name"])
+    source = json.loads((plain.parent / MANIFEST).read_text(encoding="utf-8"))["source"]["name"]
+    detector = load_detector(source)
     samples = load_samples(EMBEDDED, default_cache_folder(), lambda what, fraction: None)
     embeds = [
         torch.from_numpy(c["inputs_embeds"][0]) for c in islice(stage_calls(detector, "language", samples), len(calls))
@@ -285,7 +287,7 @@ def gptqmodel(plain: Path, written: Path, calls: list[Tensors]) -> None:
         names = [name for name in parameter_shapes(detector.config, "language") if name.startswith(LAYERS)]
         state = {model_name(name): detector.read(name).contiguous() for name in (*names, "language.norm.weight")}
         save_file({**state, "model.embed_tokens.weight": rows}, folder / "weights.safetensors")
-        config = {**model_config(detector.config.language, source_folder("reference")), "vocab_size": len(rows)}
+        config = {**model_config(detector.config.language, source_folder(source)), "vocab_size": len(rows)}
         config = {**config, "torch_dtype": "float32", "eos_token_id": None, "pad_token_id": None}
         write_json(folder / "config.json", config)
         write_json(folder / "questions.json", [list(range(a, b)) for a, b in zip([0, *ends], ends)])

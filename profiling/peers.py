@@ -32,7 +32,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import onnxruntime
 import peer_quantizers
-from peer_quantizers import NNCF_PACKAGES, Tensors, ours, stage_calls
+from peer_quantizers import MODELOPT_PACKAGE, NNCF_PACKAGES, Tensors, ours, stage_calls
 from rich.console import Console
 from rich.table import Table
 
@@ -224,7 +224,7 @@ def main() -> None:
     versions = {
         "onnxruntime": onnxruntime.__version__,
         "openvino": openvino.__version__,
-        "peers": [*NNCF_PACKAGES, "nvidia-modelopt==0.47.0"],
+        "peers": [*NNCF_PACKAGES, MODELOPT_PACKAGE],
     }
     facts["seconds"] = round(time.time() - started)
     print(json.dumps({"stages": results, **facts, "machine": machine, "versions": versions}))

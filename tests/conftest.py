@@ -38,8 +38,8 @@ def defaker_opt(*arguments: object, **options: object) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
-def make_build(recipe: str, output: Path, *options: str) -> Path:
-    done = defaker_opt("quantize", "--recipe", recipe, "--output", output, "--json", *options)
+def make_build(recipe: str, output: Path, *options: str, **process: object) -> Path:
+    done = defaker_opt("quantize", "--recipe", recipe, "--output", output, "--json", *options, **process)
     assert done.returncode == 0, done.stderr
     (output.parent / f"{output.name}.json").write_text(done.stdout.splitlines()[-1])
     return output
@@ -54,14 +54,31 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shared_build(builds: Path, recipe: str) -> Path:
-    """The build of a recipe; a lock file keeps two workers from making it at once."""
+    """The build of a recipe; a lock file keeps two workers from making it at once.
+
+    Its cache knows no statistics, whatever was made on this machine before: what making it costs is tested too.
+    """
     import fcntl
 
     builds.mkdir(exist_ok=True)
     output = builds / recipe
     with (builds / f"{recipe}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return output if output.exists() else make_build(recipe, output)
+        if output.exists():
+            return output
+        cache = cache_without_statistics(builds / f"{recipe}.cache")
+        return make_build(recipe, output, env={**os.environ, "DEFAKER_CACHE_DIR": str(cache)})
+
+
+def cache_without_statistics(folder: Path) -> Path:
+    """A cache folder that has the pictures and the traced graphs of the usual one."""
+    from defaker_opt.files import default_cache_folder
+
+    folder.mkdir()
+    for name in ("forgeries", "graphs"):
+        (default_cache_folder() / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to((default_cache_folder() / name).absolute())
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from defaker_opt.config import DetectorConfig
 from defaker_opt.detector import linear_weights, load_detector
 from defaker_opt.errors import PassError
 from defaker_opt.files import default_cache_folder
-from defaker_opt.observe.inputs import stage_inputs
+from defaker_opt.observe.inputs import calibration_inputs
 from defaker_opt.passes._modelopt import _config, _quantize_, codes_of
 from defaker_opt.passes.modelopt import Modelopt, _spread
 from defaker_opt.recipe import load_recipe, parse_recipe
@@ -152,7 +152,7 @@ def test_pairs_are_spread_over_the_set_and_stay_together() -> None:
     assert len(few) == 32 and few.items[0] == whole.items[0] and _spread(whole, 1000) == whole
     labels = [item.label for item in few.items]
     assert labels.count(1) == 16
-    assert len(list(stage_inputs(load_detector("reference"), "mask_encoder", _spread(whole, 1)))) == 2
+    assert len(list(calibration_inputs(load_detector("reference"), "mask_encoder", _spread(whole, 1)))) == 2
 
 
 def reference_config() -> DetectorConfig:

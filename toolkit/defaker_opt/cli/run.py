@@ -78,8 +78,10 @@ def run(
 
 def _check_concurrency(session: Session, pictures: int) -> None:
     """Raise DefakerError if so many pictures cannot be judged at once."""
+    from defaker_opt.runtime.engines import BACKEND, TORCH
+
     where = f"--concurrency {pictures}: {session.build.folder}"
-    if session.backend() not in ("onnx_runtime", "openvino"):
+    if session.backend() in (BACKEND, TORCH):
         raise DefakerError(f"{where} runs on {session.backend()}, which takes one picture after another; leave it out")
     if session.is_short_of_memory():
         raise DefakerError(

@@ -81,11 +81,6 @@ class Collector:
     sums: dict[str, Sums] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def wants_before(self) -> bool:
-        """Whether any layer needs what it would be given if nothing was quantized."""
-        return any("shift" in needs for needs in self.needs.values())
-
     def add_(
         self,
         seen: Mapping[str, list[torch.Tensor]],

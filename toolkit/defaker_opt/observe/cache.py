@@ -2,7 +2,7 @@
 
 A group of layers has one file, named by all that decides it: the detector, the pictures, how tokens count, what is
 asked for, our code and torch, and what the weights of layers before it decode to. So recipes share what they have in
-common: `int8-static` for another target finds everything, another method for the language part the vision encoder's.
+common: `int8-static` for another target finds everything.
 """
 
 from __future__ import annotations

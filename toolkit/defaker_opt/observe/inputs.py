@@ -79,7 +79,7 @@ def question_inputs(
     return inputs
 
 
-def stage_inputs(detector: Detector, stage: str, samples: Samples) -> Iterator[StageInput]:
+def calibration_inputs(detector: Detector, stage: str, samples: Samples) -> Iterator[StageInput]:
     """What a stage that pictures or the vision encoder feed is given, by the stages before it as they are now."""
     if stage == "vision_encoder":
         return tile_inputs(detector, samples)

@@ -20,7 +20,7 @@ from defaker_opt.detector import Detector
 from defaker_opt.errors import PassError
 from defaker_opt.methods import FP8, Array, QuantizedWeight, Scheme, parse_scheme
 from defaker_opt.methods._grids import usable
-from defaker_opt.observe.inputs import stage_inputs
+from defaker_opt.observe.inputs import calibration_inputs
 from defaker_opt.samples import Samples
 from defaker_opt.weights import Shapes
 
@@ -65,7 +65,7 @@ def stage_codes(
     module = detector.load_stage(stage)
 
     def calls() -> Iterator[tuple[torch.Tensor, ...]]:
-        found = (call.tensors for call in stage_inputs(detector, stage, samples))
+        found = (call.tensors for call in calibration_inputs(detector, stage, samples))
         # Of the two questions `auto` looks at the verdict's.
         return islice(found, 0, None, 2) if algorithm == AUTO else found
 

@@ -83,7 +83,8 @@ class Modelopt:
         schemes = {name: str(found[-1]) if found else "float" for name, found in chosen.items()}
         coded = tuple(name for name, found in chosen.items() if found)
         reasons = {name: self._why_float(name) for name in chosen if name not in coded}
-        return Preview(schemes, reasons, f"modelopt for {len(coded)} layers", {}, coded)
+        factored = tuple(name for name in coded if self.stages[name.partition(".")[0]] != "fp8")
+        return Preview(schemes, reasons, f"modelopt for {len(coded)} layers", {}, factored)
 
     def apply(self, detector: Detector, progress: Progress, samples: Samples | None = None) -> PassResult:
         """See `Pass`."""

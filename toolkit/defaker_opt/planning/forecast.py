@@ -109,6 +109,9 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
         f"{step.name} needs {step.memory_bytes / 1e9:.1f} GB of the {limit / 1e9:.1f} GB" for step in too_large
     )
     warnings = [f"unverified facts of {target.name}: {', '.join(device.unverified())}"] if device.unverified() else []
+    unforeseen = [preview.looks for preview in previews if preview.looks and not preview.needs]
+    if unforeseen:
+        warnings.append(f"what it takes to look at pictures is not foreseen: {', '.join(unforeseen)}")
     if device.budget.latency_ms and latency.total_ms > device.budget.latency_ms:
         warnings.append(
             f"{latency.total_ms:.0f} ms an image is over the target's budget of {device.budget.latency_ms:g} ms"
