@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from defaker_opt.catalog import find_module, module_names
 from defaker_opt.graph.packing import pack_codes, unpack_codes
-from defaker_opt.methods import FP8, SCHEMES, Method, QuantizedWeight, Scheme, Statistics, _grids, parse_scheme
+from defaker_opt.methods import FP8, NF4, SCHEMES, Method, QuantizedWeight, Scheme, Statistics, _grids, parse_scheme
 from defaker_opt.spool import SpooledCodes
 from tests.reference.quantization import (
     optimal_rounding_plain,
@@ -22,6 +22,7 @@ from tests.reference.quantization import (
     range_asymmetric_plain,
     round_to_fp8_plain,
     round_to_nearest_plain,
+    round_to_nf4_plain,
 )
 
 METHODS: list[str] = module_names("methods")
@@ -85,8 +86,9 @@ def test_codes_fit_their_scheme_and_decode_to_finite_numbers(name: str, scheme: 
     assert quantized.scheme == scheme
     assert quantized.codes.shape == weight.shape
     assert quantized.codes.dtype == (FP8 if scheme.floating else np.int8)
-    assert quantized.codes.astype(np.float32).min() >= scheme.smallest_code
-    assert quantized.codes.astype(np.float32).max() <= scheme.largest_code
+    numbers = scheme.numbers(quantized.codes).astype(np.float32)
+    assert numbers.min() >= scheme.smallest_code
+    assert numbers.max() <= scheme.largest_code
     assert quantized.scale.shape == (len(weight), groups)
     assert quantized.scale.dtype == np.float32
     assert (np.abs(quantized.scale) >= np.finfo(np.float32).tiny).all()
@@ -129,6 +131,10 @@ def test_rounding_moves_no_weight_further_than_half_a_step(scheme: Scheme, weigh
     if scheme.floating:
         # Steps of FP8 grow with numbers: an eighth of the power of two below, and 2^-9 at least.
         step = step * np.maximum(2.0**-9, 2.0 ** (np.floor(np.log2(np.abs(weight / step) + 1e-30)) - 3))
+    if scheme.number == "nf":
+        # The step is the gap that a number lies in.
+        gap = np.clip(np.searchsorted(NF4, weight / step) - 1, 0, len(NF4) - 2)
+        step = step * np.diff(NF4)[gap]
     assert np.all(np.abs(quantized.dequantize() - weight) <= share * step + 1e-30)
 
 
@@ -146,7 +152,7 @@ def test_quantizing_what_was_decoded_changes_nothing(scheme: Scheme, weight: np.
 def test_round_to_nearest_equals_its_plain_twin(scheme: Scheme, columns: int) -> None:
     fitted = scheme.fitted(columns)
     if fitted is None:
-        assert scheme.symmetric and columns % 64  # engines take no smaller groups
+        assert columns % (64 if scheme.symmetric else 32)  # engines and bitsandbytes take no smaller groups
         return
     weight = correlated(7, columns)
     weight[2] = 0
@@ -157,6 +163,10 @@ def test_round_to_nearest_equals_its_plain_twin(scheme: Scheme, columns: int) ->
         assert fitted.group_size is not None
         plain = range_asymmetric_plain(weight, fitted.bits, fitted.group_size)
         np.testing.assert_array_equal(quantized.dequantize(), plain)
+        return
+    if fitted.number == "nf":
+        assert fitted.group_size is not None
+        np.testing.assert_array_equal(quantized.dequantize(), round_to_nf4_plain(weight, fitted.group_size))
         return
     codes, scale = (
         round_to_fp8_plain(weight)

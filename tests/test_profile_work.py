@@ -11,6 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from defaker_opt.detector import load_detector
+from defaker_opt.graph.product import write_product
+from defaker_opt.methods import Scheme, parse_scheme
+from defaker_opt.methods.round_to_nearest import RoundToNearest
 from defaker_opt.planning.formulas import language_counts, mask_encoder_counts, vision_counts
 from defaker_opt.profiles.peaks import Peaks
 from defaker_opt.profiles.roofline import floor_here, floor_on
@@ -77,6 +80,27 @@ def test_four_bit_products_cost_their_codes() -> None:
     work = count_work(graph([blocked, then], {"x": ["n", 64]}, weights), {"x": (5, 64)}, ["z"])
     assert work.operations == {"int4": 2 * 5 * 64 * 8, "fp32": 2 * 5 * 8 * 3}
     assert work.weight_bytes == {"int4": 8 * 2 * 16, "fp32": 4 * (16 + 24)}
+
+
+def test_nf4_is_read_as_four_bits_and_multiplied_as_floats(tmp_path: Path) -> None:
+    path = tmp_path / "product.onnx"
+    scheme = parse_scheme("nf4-g64")
+    assert scheme is not None
+    codes = RoundToNearest().quantize(np.ones((8, 64), np.float32), scheme)
+    write_product(path, floats(8, 64), codes, {"nf4": "matmul_bnb4"})
+    work = count_file(path, {"x": (5, 64)}, ["y"])
+    assert work.operations == {"fp32": 2 * 5 * 64 * 8}
+    assert work.weight_bytes == {"int4": 8 * 64 / 2, "fp32": 4 * 8}
+    assert work.attention == 0
+
+
+def test_llm_int8_is_counted_as_both_its_products(tmp_path: Path) -> None:
+    path = tmp_path / "product.onnx"
+    codes = RoundToNearest().quantize(np.ones((8, 64), np.float32), Scheme(8, activations="outlier"))
+    write_product(path, floats(8, 64), codes, {"int8-outlier": "llm_int8"})
+    work = count_file(path, {"x": (5, 64)}, ["y"])
+    assert work.operations == {"int8": 2 * 5 * 64 * 8, "fp32": 2 * 5 * 64 * 8}
+    assert work.weight_bytes["int8"] == 8 * 64
 
 
 def test_calls_add_up() -> None:

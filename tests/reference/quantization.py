@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
+
+from defaker_opt.methods import NF4
 
 
 def round_to_nearest_plain(
@@ -28,6 +32,21 @@ def round_to_nearest_plain(
     return codes, scales
 
 
+def llm_int8_plain(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, threshold: float) -> np.ndarray:
+    """x [tokens, in] by codes [out, in] · scale [out]: columns where any input reaches the threshold as floats, the
+    others rounded to 127 steps of each token's largest input below it (Dettmers et al. 2022, section 3.2).
+    """
+    wide = codes.astype(np.float64) * scale[:, None]
+    large = [bool((np.abs(x[:, column]) >= threshold).any()) for column in range(x.shape[1])]
+    result = np.zeros((len(x), len(codes)))
+    for token, row in enumerate(x):
+        step = max((abs(float(value)) for value in row if abs(value) < threshold), default=0.0) / 127
+        for column, value in enumerate(row):
+            given = float(value) if large[column] else round(float(value) / step) * step if step else 0.0
+            result[token] += given * wide[:, column]
+    return result
+
+
 def e4m3_numbers() -> list[float]:
     """Every number of FP8 with 4 bits of exponent, bias 7, and 3 of fraction, from its bits; sorted."""
     numbers = set()
@@ -37,6 +56,29 @@ def e4m3_numbers() -> list[float]:
             continue  # not a number
         numbers.add(sign * (fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)))
     return sorted(numbers)
+
+
+def nf4_numbers() -> list[float]:
+    """The sixteen numbers of NF4 as QLoRA defines them (appendix E): quantiles of a normal distribution, eight on the
+    positive side and seven on the negative one between its ends, zero exact, and all divided by the largest.
+    """
+    end = 0.9677083  # keeps the outermost quantiles finite; the published offset
+    positive = [NormalDist().inv_cdf(end + (0.5 - end) * place / 8) for place in range(8)]
+    negative = [-NormalDist().inv_cdf(end + (0.5 - end) * place / 7) for place in range(7)]
+    return sorted(number / positive[0] for number in (*positive, 0.0, *negative))
+
+
+def round_to_nf4_plain(weight: np.ndarray, size: int) -> np.ndarray:
+    """Every weight becomes the nearest number of NF4 times its group's largest; of two the lower one."""
+    numbers = [np.float32(number) for number in NF4]
+    rounded = np.zeros_like(weight)
+    for row, column in itertools.product(range(weight.shape[0]), range(0, weight.shape[1], size)):
+        group = weight[row, column : column + size]
+        scale = np.abs(group).max() or np.float32(1)
+        for place, value in enumerate(group):
+            ratio = float(np.float32(value / scale))
+            rounded[row, column + place] = min(numbers, key=lambda number: (abs(float(number) - ratio), number)) * scale
+    return rounded
 
 
 def round_to_fp8_plain(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

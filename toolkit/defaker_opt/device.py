@@ -20,6 +20,8 @@ FORMATS_OF = {
     "fp8-static": ("fp8",),
     "int4": ("fp16", "bf16", "fp32"),
     "int4-sym": ("fp16", "bf16", "fp32"),
+    "nf4": ("fp16", "bf16", "fp32"),
+    "int8-outlier": ("int8",),
 }
 
 

@@ -22,6 +22,8 @@ ENCODINGS = {
     "int4": ("matmul_nbits",),
     "int4-sym": ("matmul_nbits", "dq_int4"),
     "int2": ("matmul_nbits",),
+    "nf4": ("matmul_bnb4",),
+    "int8-outlier": ("llm_int8",),
 }
 
 # The first compute capability with products of FP8: Ada's; Hopper and Blackwell have them too.
@@ -68,8 +70,8 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class GraphLimits:
-    """What a device's parser reads. opset: the newest; operators: by their ONNX names; blocks: sizes of groups of codes
-    that share a scale.
+    """What a device's parser reads. opset: the newest; operators: by their names, those that are not ONNX's own with
+    their domain before it; blocks: sizes of groups of codes that share a scale.
     """
 
     opset: int

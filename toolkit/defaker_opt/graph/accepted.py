@@ -29,10 +29,8 @@ def _problems(model: ir.Model, limits: GraphLimits) -> Iterator[str]:
     opset = model.opset_imports.get("", 0)
     if opset > limits.opset:
         yield f"opset {opset}, and it reads up to {limits.opset}"
-    for domain in sorted(set(model.opset_imports) - {""}):
-        yield f"operators of the domain {domain}, and it reads ONNX's own only"
-    for kind in sorted({node.op_type for node in model.graph} - set(limits.operators)):
-        first = next(node for node in model.graph if node.op_type == kind)
+    for kind in sorted({_full_name(node) for node in model.graph} - set(limits.operators)):
+        first = next(node for node in model.graph if _full_name(node) == kind)
         yield f"operator {kind} ({first.name}) is not one that it reads"
     for node in model.graph:
         if node.op_type in _CODES:
@@ -40,6 +38,10 @@ def _problems(model: ir.Model, limits: GraphLimits) -> Iterator[str]:
         size = node.attributes["block_size"].as_int() if "block_size" in node.attributes else None
         if size and size not in limits.blocks:
             yield f"{node.name}: blocks of {size}, and it reads {', '.join(map(str, limits.blocks)) or 'none'}"
+
+
+def _full_name(node: ir.Node) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
 def _wrong_codes(node: ir.Node) -> Iterator[str]:

@@ -7,6 +7,7 @@ matmul_integer_token   the same with one scale a token, which outliers in other 
 matmul_nbits           onnxruntime's blocked product of few bits; codes packed [out, groups, group * bits / 8],
                        scale [out * groups], zero points packed [out * ceil(groups * bits / 8)]
 qdq_*, dq_*            see `graph/qdq.py`
+matmul_bnb4, llm_int8  see `graph/bitsandbytes.py`
 An input factor [in] of a layer's codes becomes a Mul before it.
 """
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.graph import Graph
+from defaker_opt.graph import bitsandbytes as bnb
 from defaker_opt.graph.layers import Layer, layers_of, replace_layer_
 from defaker_opt.graph.packing import pack_codes
 from defaker_opt.graph.qdq import BLOCKS_OPSET, static_writer, write_int4_, write_int8_
@@ -66,9 +68,18 @@ def fill_weights_(graph: Graph, detector: Detector, encodings: dict[str, str]) -
             inner.initializers[name].const_value = lazy(name, shape, ir.DataType.FLOAT, read)
     if any(node.domain == "com.microsoft" for node in inner):
         graph.model.opset_imports["com.microsoft"] = 1
+    if any(node.domain == bnb.DOMAIN for node in inner):
+        add_own_operators_(graph.model)
     if any("block_size" in node.attributes for node in inner if node.op_type == "DequantizeLinear"):
         graph.model.opset_imports[""] = BLOCKS_OPSET
     inner.sort()
+
+
+def add_own_operators_(model: ir.Model) -> None:
+    """Say in a model what operators of ours mean."""
+    function = bnb.llm_int8_function()
+    model.functions[function.identifier()] = function
+    model.opset_imports[bnb.DOMAIN] = 1
 
 
 def _read_array(detector: Detector, name: str) -> NDArray[Any]:
@@ -197,4 +208,6 @@ WRITERS: dict[str, Callable[[ir.Graph, Layer, Codes, QuantizedInputs], None]] = 
     "dq_int8": write_int8_,
     "dq_int4": write_int4_,
     "matmul_nbits": _matmul_nbits_,
+    "matmul_bnb4": bnb.write_nf4_,
+    "llm_int8": bnb.write_llm_int8_,
 }

@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from defaker_opt.detector import Detector, linear_weights
 from defaker_opt.graph import Graph
+from defaker_opt.graph.bitsandbytes import unpack_nf4
 from defaker_opt.graph.packing import unpack_codes
-from defaker_opt.methods import Array, decode
+from defaker_opt.methods import NF4, Array, decode
 
 
 def write_graph(graph: Graph, folder: Path) -> list[Path]:
@@ -28,7 +29,7 @@ def decoded_weights(path: Path) -> Iterator[tuple[str, Array]]:
     No more of the file than one weight is held at a time.
     """
     graph = ir.load(path).graph
-    columns = {node.name: node.attributes["K"].as_int() for node in graph if node.op_type == "MatMulNBits"}
+    columns = {node.name: node.attributes["K"].as_int() for node in graph if "K" in node.attributes}
     for name in graph.initializers:
         weight, _, part = name.rpartition(".")
         if part != "codes":
@@ -46,8 +47,11 @@ def decoded_weights(path: Path) -> Iterator[tuple[str, Array]]:
 
 
 def _decoded(parts: dict[str, np.ndarray], columns: int | None) -> Array:
-    """columns: of a blocked product, None for a whole one, whose codes are stored [in, out]."""
+    """columns: of a blocked product, None for a whole one, whose codes are stored [in, out]. NF4 lies in one row."""
     codes, scale, factor = parts["codes"], parts["scale"], parts.get("factor")
+    if columns is not None and codes.ndim == 1:
+        numbers = NF4[unpack_nf4(codes)].reshape(-1, columns)
+        return decode(numbers, scale.reshape(len(numbers), -1), None, factor)
     if columns is None:
         # [out] of whole rows, or [groups, out] of blocks.
         by_group = scale[:, None] if scale.ndim == 1 else scale.T.astype(np.float32)

@@ -30,17 +30,19 @@ SchemeName = Literal[
     "int4-sym-g128",
     "int4-sym-g64",
     "fp8-static",
+    "nf4-g64",
+    "int8-outlier",
 ]
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
 
 # What calibration may be asked to collect, by the names of `Statistics`.
 Need = Literal["hessian", "shift", "mean_abs", "largest", "histogram"]
 
-# The smallest group that blocked kernels accept on CPUs, and in engines.
-_MIN_GROUP, _MIN_ENGINE_GROUP = 16, 64
+# The smallest group that blocked kernels accept on CPUs, in engines, and in bitsandbytes.
+_MIN_GROUP, _MIN_ENGINE_GROUP, _MIN_NF_GROUP = 16, 64, 32
 
 _NAME = re.compile(
-    r"(?P<number>int|fp)(?P<bits>\d)(-(?P<activations>token|static))?(-(?P<sides>asym|sym))?(-g(?P<group>\d+))?"
+    r"(?P<number>int|fp|nf)(?P<bits>\d)(-(?P<activations>token|static|outlier))?(-(?P<sides>asym|sym))?(-g(?P<group>\d+))?"
 )
 
 # FP8 codes: 4 bits of exponent, 3 of fraction, no infinities, up to 448 (Micikevicius et al. 2022, "FP8 formats for
@@ -48,16 +50,27 @@ _NAME = re.compile(
 FP8 = ml_dtypes.float8_e4m3fn
 _FP8_LARGEST = 448
 
+# What the 16 codes of NF4 stand for, -1 … 1: quantiles of a normal distribution (Dettmers et al. 2023, "QLoRA",
+# section 3 and appendix E), as bitsandbytes has them.
+NF4: Array = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    np.float32,
+)  # fmt: skip
+NF4.flags.writeable = False
+
 
 @dataclass(frozen=True)
 class Scheme:
     """How weights become codes, and with what precision activations meet them.
 
     bits: of a code. group_size: how many columns of a row share one scale (None: the whole row).
-    activations: "tensor" or "token": what shares one 8-bit scale, found anew at each call; "static": one for good,
-    found by calibration. 4-bit products choose for themselves and say "block". zero_point: "fixed", zero is the code 0,
-    or "group", each group has its own. symmetric: blocked codes are as many on both sides, and scales are positive
-    numbers that float16 has, as engines want them. floating: codes are numbers of FP8, not integers.
+    activations: "tensor" or "token": what shares one 8-bit scale, found anew at each call; "outlier": as "token", but
+    columns with large inputs stay float; "static": one for good, found by calibration. 4-bit products choose for
+    themselves and say "block". zero_point: "fixed", zero is the code 0, or "group", each group has its own. symmetric:
+    blocked codes are as many on both sides, and scales are positive numbers that float16 has, as engines want them.
+    number: what codes stand for, times their scale: integers, numbers of FP8, or those of `NF4`.
     """
 
     bits: int
@@ -65,23 +78,29 @@ class Scheme:
     activations: str = "tensor"
     zero_point: Literal["fixed", "group"] = "fixed"
     symmetric: bool = False
-    floating: bool = False
+    number: Literal["int", "fp", "nf"] = "int"
+
+    @property
+    def floating(self) -> bool:
+        """Whether codes are numbers of FP8."""
+        return self.number == "fp"
 
     @property
     def kind(self) -> str:
         """What a target looks its encoding up by: a key of `target.ENCODINGS`."""
-        named = f"-{self.activations}" if self.activations in ("token", "static") else ""
-        return f"{'fp' if self.floating else 'int'}{self.bits}{named}{'-sym' if self.symmetric else ''}"
+        named = f"-{self.activations}" if self.activations in ("token", "static", "outlier") else ""
+        return f"{self.number}{self.bits}{named}{'-sym' if self.symmetric else ''}"
 
     @property
     def largest_code(self) -> int:
-        """The greatest code."""
-        return _FP8_LARGEST if self.floating else int(2 ** (self.bits - 1) - 1)
+        """The greatest number that a code stands for."""
+        return {"int": int(2 ** (self.bits - 1) - 1), "fp": _FP8_LARGEST, "nf": 1}[self.number]
 
     @property
     def smallest_code(self) -> int:
-        """The least code. Blocked products take all 2^bits codes, others the symmetric ones."""
-        return -self.largest_code - (self.activations == "block" and not self.symmetric)
+        """The least one. Blocked products of integers take all 2^bits of them, others the symmetric ones."""
+        whole = self.number == "int" and self.activations == "block" and not self.symmetric
+        return -self.largest_code - whole
 
     def __str__(self) -> str:
         asymmetric = "-asym" if self.zero_point == "group" else ""
@@ -97,18 +116,22 @@ class Scheme:
     @property
     def least_group(self) -> int:
         """The smallest group that its products take."""
-        return _MIN_ENGINE_GROUP if self.symmetric else _MIN_GROUP
+        return _MIN_NF_GROUP if self.number == "nf" else _MIN_ENGINE_GROUP if self.symmetric else _MIN_GROUP
+
+    def numbers(self, codes: NDArray[Any]) -> NDArray[Any]:
+        """What codes stand for before they are scaled."""
+        return NF4[codes] if self.number == "nf" else codes
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """Codes of one linear layer's weight. Group g of row r stands for `(codes - zero[r, g]) * scale[r, g]`.
 
-    codes: int8 [out, in] (codes of fewer bits too, one a byte), or FP8. scale: float32 [out, groups], not zero, and
-    negative where a group's largest weight is positive and gets the one code more that the negative side has.
-    zero: int8 [out, groups], None if all are 0. input_factor: float32 [in]: the layer multiplies its input by it before
-    it meets the codes; None if by 1. input_scale: the layer's input is rounded to -128…127 times it, or to FP8
-    times it; only of schemes with static activations.
+    codes: int8 [out, in] (codes of fewer bits too, one a byte), FP8, or places in the table `NF4`, int8 0…15.
+    scale: float32 [out, groups], not zero, and negative where a group's largest weight is positive and gets the one
+    code more that the negative side has. zero: int8 [out, groups], None if all are 0. input_factor: float32 [in]: the
+    layer multiplies its input by it before it meets the codes; None if by 1. input_scale: the layer's input is rounded
+    to -128…127 times it, or to FP8 times it; only of schemes with static activations.
     """
 
     codes: NDArray[Any]
@@ -120,13 +143,13 @@ class QuantizedWeight:
 
     def dequantize(self) -> Array:
         """The float32 weight [out, in] that stands for codes and input factor."""
-        return decode(self.codes, self.scale, self.zero, self.input_factor)
+        return decode(self.scheme.numbers(self.codes), self.scale, self.zero, self.input_factor)
 
 
 def decode(
     codes: NDArray[Any], scale: Array, zero: NDArray[np.int8] | None = None, factor: Array | None = None
 ) -> Array:
-    """The float32 weight [out, in] of codes, see `QuantizedWeight`."""
+    """The float32 weight [out, in] of codes, see `QuantizedWeight`; of NF4 what they stand for is given."""
     rows, columns = codes.shape
     grouped = codes.reshape(rows, scale.shape[1], -1).astype(np.float32)
     if zero is not None:
@@ -177,4 +200,5 @@ def parse_scheme(name: str) -> Scheme | None:
     group = int(found["group"]) if found["group"] else None
     activations = found["activations"] or ("block" if group else "tensor")
     zero_point: Literal["fixed", "group"] = "group" if found["sides"] == "asym" else "fixed"
-    return Scheme(int(found["bits"]), group, activations, zero_point, found["sides"] == "sym", found["number"] == "fp")
+    number: Literal["int", "fp", "nf"] = found["number"]  # type: ignore[assignment]
+    return Scheme(int(found["bits"]), group, activations, zero_point, found["sides"] == "sym", number)

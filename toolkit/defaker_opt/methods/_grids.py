@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from defaker_opt.machine import available_cores
-from defaker_opt.methods import FP8, Array, Doubles, QuantizedWeight, Scheme
+from defaker_opt.methods import FP8, NF4, Array, Doubles, QuantizedWeight, Scheme
 
 # Ranges that are tried, as shares of the whole one.
 _SHARES = np.linspace(1.0, 0.4, 25, dtype=np.float32)
@@ -20,6 +21,9 @@ _SHARES = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 _AT_ONCE = 1 << 16
 
 _TINY = np.finfo(np.float32).tiny
+
+# Halfway between neighbours of NF4; what is on such a place belongs to the lower one, as in bitsandbytes.
+_NF4_BORDERS = (NF4[1:] + NF4[:-1]) / 2
 
 # Positive numbers that float16 has.
 _HALF_TINY, _HALF_LARGEST = 2.0**-24, 65504.0
@@ -129,13 +133,21 @@ def _error(values: Array, largest: Array, grid: Grid, scheme: Scheme, importance
 
 
 def codes_on(values: Array, grid: Grid, scheme: Scheme) -> Array:
-    """The nearest codes of values [..., size], float32: whole numbers, or numbers of FP8."""
+    """What the nearest codes of values [..., size] stand for, float32: whole numbers, or numbers of FP8 or NF4."""
     codes: Array = values / grid.scale[..., None]
-    if not scheme.floating:
+    if scheme.number == "int":
         np.rint(codes, out=codes)
         codes += grid.zero[..., None]
     np.clip(codes, scheme.smallest_code, scheme.largest_code, out=codes)
+    if scheme.number == "nf":
+        nearest: Array = NF4[_nf4_places(codes)]
+        return nearest
     return codes.astype(FP8).astype(np.float32) if scheme.floating else codes
+
+
+def _nf4_places(values: Array) -> NDArray[np.int64]:
+    """Where in NF4 the number next to each value, -1 … 1, is."""
+    return np.searchsorted(_NF4_BORDERS, values, side="left")
 
 
 def decoded(codes: Array, grid: Grid) -> Array:
@@ -145,7 +157,8 @@ def decoded(codes: Array, grid: Grid) -> Array:
 
 
 def as_weight(codes: Array, grid: Grid, scheme: Scheme) -> QuantizedWeight:
-    """Codes [out, groups, size] and their grids [out, groups] as one weight."""
+    """What `codes_on` found [out, groups, size] and their grids [out, groups] as one weight."""
     zero = None if scheme.zero_point == "fixed" else grid.zero.astype(np.int8)
-    whole = codes.reshape(len(codes), -1).astype(FP8 if scheme.floating else np.int8)
+    stored = _nf4_places(codes) if scheme.number == "nf" else codes
+    whole = stored.reshape(len(codes), -1).astype(FP8 if scheme.floating else np.int8)
     return QuantizedWeight(whole, np.ascontiguousarray(grid.scale, np.float32), scheme, zero)

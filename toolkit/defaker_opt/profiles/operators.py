@@ -26,7 +26,7 @@ _MOVE_KINDS = {
     *("ReorderInput", "ReorderOutput", "Identity", "Flatten", "Tile", "Resize", "ScatterND", "DepthToSpace"),
 }
 _PRODUCT_KINDS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"}
-_PRODUCT_KINDS |= {"DynamicQuantizeMatMul", "Conv", "FusedConv", "ConvTranspose", "Einsum"}
+_PRODUCT_KINDS |= {"MatMulBnb4", "DynamicQuantizeMatMul", "Conv", "FusedConv", "ConvTranspose", "Einsum"}
 # Nodes that onnxruntime put in by itself carry no module.
 ADDED = "added by the runtime"
 # Of the search for what tracing adds: a millisecond is then known to a billionth.

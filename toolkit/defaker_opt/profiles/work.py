@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import shape_inference
 
 Shape = tuple[int, ...]
 
-# What runs a product, by the type of its weights in the graph.
-_FORMATS = {"MatMulInteger": "int8", "MatMulNBits": "int4"}
+# Products of few-bit weights in blocks, and the number format that runs them: NF4 is widened first.
+_BLOCKED = {"MatMulNBits": "int4", "MatMulBnb4": "fp32"}
+_FORMATS = {"MatMulInteger": "int8", **_BLOCKED}
 _WIDENED = ".widened.codes"
 
 
@@ -99,13 +101,13 @@ def count_file(path: Path, inputs: Mapping[str, Shape], outputs: Sequence[str]) 
 
 
 def _weight_format(node: onnx.NodeProto) -> str:
-    return _FORMATS.get(node.doc_string or node.op_type, "int8")
+    return "int4" if node.doc_string in _BLOCKED else "int8"
 
 
 def _sized(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> onnx.GraphProto:
     """A copy of the graph with every size known, as far as the inputs' sizes decide it."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    # An operator of ours is counted as what it means.
+    copy = onnx.inliner.inline_local_functions(model)
     for value in copy.graph.input:
         for size, known in zip(value.type.tensor_type.shape.dim, inputs.get(value.name, ())):
             size.Clear()
@@ -117,22 +119,22 @@ def _sized(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> onnx.GraphPro
 
 
 def _widen_blocked_products_(graph: onnx.GraphProto) -> None:
-    """Shape inference knows no MatMulNBits; here it becomes a MatMul that remembers what it was in its `doc_string`."""
+    """Shape inference knows none; here each becomes a MatMul that remembers what it was in its `doc_string`."""
     for node in graph.node:
-        if node.op_type != "MatMulNBits":
+        if node.op_type not in _BLOCKED:
             continue
         attributes = {each.name: each.i for each in node.attribute}
         name = f"{node.input[1]}{_WIDENED}"
         dims = [attributes["K"], attributes["N"]]
         graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims))
         codes, scales = node.input[1], node.input[2]
-        node.op_type, node.domain, node.doc_string = "MatMul", "", "MatMulNBits"
+        node.op_type, node.domain, node.doc_string = "MatMul", "", node.op_type
         del node.attribute[:]
         del node.input[1:]
         node.input.append(name)
         # Reads of the codes themselves, which is what the weight costs.
         reader = graph.node.add()
-        reader.CopyFrom(onnx.helper.make_node("Identity", [codes], [f"{codes}.read"], doc_string="MatMulNBits"))
+        reader.CopyFrom(onnx.helper.make_node("Identity", [codes], [f"{codes}.read"], doc_string=node.doc_string))
         reader = graph.node.add()
         reader.CopyFrom(onnx.helper.make_node("Identity", [scales], [f"{scales}.read"]))
 
@@ -165,7 +167,7 @@ def _needed(graph: onnx.GraphProto, outputs: Sequence[str]) -> list[onnx.NodePro
         if not blocked and wanted & set(node.output):
             needed.append(node)
             wanted.update(node.input)
-            if node.doc_string == "MatMulNBits":
+            if node.doc_string in _BLOCKED:
                 codes = node.input[1].removesuffix(_WIDENED)
                 scale = f"{codes.removesuffix('.codes')}.scale"
                 needed += [readers[f"{name}.read"] for name in (codes, scale) if f"{name}.read" in readers]

@@ -21,6 +21,7 @@ from defaker_opt.errors import BuildError, one_of
 from defaker_opt.runtime.backends import OpenStage, Tensors, check_input
 from defaker_opt.runtime.spec import StageSpec
 from defaker_opt.runtime.torch_graph.array import DeviceArray, to_tensor
+from defaker_opt.runtime.torch_graph.bitsandbytes import require_library
 from defaker_opt.runtime.torch_graph.capture import Captured
 from defaker_opt.runtime.torch_graph.graph import Graph, read_graph
 from defaker_opt.runtime.torch_graph.program import Program, Specialized, lower
@@ -48,6 +49,7 @@ def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenS
     if compute not in COMPUTE:
         raise BuildError(f"target: session.compute: {one_of(compute, COMPUTE)}")
     graph = read_graph(file)
+    require_library(graph)
     if device.type == "cuda":
         check_codes(file, graph, torch.cuda.get_device_capability(device))
         _require_kernels()
@@ -132,7 +134,7 @@ class Stage:
                 self._seen.popitem(last=False)
             return results, program.known
         runs, known = found
-        if isinstance(runs, Specialized) and self._device.type == "cuda":
+        if isinstance(runs, Specialized) and runs.capturable and self._device.type == "cuda":
             runs = Captured(runs, inputs, self._pool)
         self._seen[key] = (runs, known)
         return runs.run(inputs), known

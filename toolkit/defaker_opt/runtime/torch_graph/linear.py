@@ -8,13 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from defaker_opt.runtime.torch_graph.bitsandbytes import LLM_INT8, NF4, OUTLIER_LINEAR
 from defaker_opt.runtime.torch_graph.graph import Graph, Node, Rewrite
 from defaker_opt.runtime.torch_graph.products import pack_int4
 
 _CODES = (torch.int8, torch.float8_e4m3fn)
 
+_LARGEST_INT8 = 127
+
 # Operators of ours that take a bias as their last input.
-_TAKE_BIAS = ("QuantizedLinear", "BlockLinear", "Linear")
+_TAKE_BIAS = ("QuantizedLinear", "BlockLinear", "Nf4Linear", OUTLIER_LINEAR, "Linear")
 
 Match = Callable[[Graph, Node], Rewrite | None]
 
@@ -67,6 +70,30 @@ def block_linear(graph: Graph, node: Node) -> Rewrite | None:
     return _replacement("BlockLinear", named, (narrow.inputs[0],), (pack_int4(codes), scale))
 
 
+def nf4_linear(graph: Graph, node: Node) -> Rewrite | None:
+    """onnxruntime's product of NF4 codes → bitsandbytes' one."""
+    if node.operator != NF4:
+        return None
+    x, packed, scale = node.inputs
+    rows, block = node.attributes["N"], node.attributes["block_size"]
+    stored = (graph.constants[packed].reshape(rows, -1), graph.constants[scale].reshape(rows, -1))
+    rewrite = _replacement("Nf4Linear", node, (x,), stored)
+    return dataclasses.replace(rewrite, node=_with_attribute(rewrite.node, "block", block))
+
+
+def outlier_linear(graph: Graph, node: Node) -> Rewrite | None:
+    """Our operator for LLM.int8() → bitsandbytes' product."""
+    if node.operator != LLM_INT8:
+        return None
+    x, codes, scale = node.inputs
+    stored = (graph.constants[codes].t().contiguous(), graph.constants[scale] * _LARGEST_INT8)
+    return _replacement(OUTLIER_LINEAR, node, (x,), stored)
+
+
+def _with_attribute(node: Node, name: str, value: object) -> Node:
+    return dataclasses.replace(node, attributes={**node.attributes, name: value})
+
+
 def float_linear(graph: Graph, node: Node) -> Rewrite | None:
     """MatMul by a stored matrix → a linear layer."""
     weight = graph.constants.get(node.inputs[1]) if node.operator == "MatMul" else None
@@ -103,7 +130,7 @@ def settle_type(compute: torch.dtype) -> Match:
         kind = torch.float32 if _read_by(graph, node.output) <= _TOLD else compute
         typed = node.inputs[1 if node.operator == "Linear" else _WITHOUT_BIAS[node.operator] :]
         stored = {name: graph.constants[name].to(kind).contiguous() for name in typed}
-        return Rewrite(dataclasses.replace(node, attributes={"compute": kind}), stored)
+        return Rewrite(_with_attribute(node, "compute", kind), stored)
 
     return match
 
@@ -121,4 +148,4 @@ def _read_by(graph: Graph, name: str) -> set[str]:
     return found
 
 
-_WITHOUT_BIAS = {"QuantizedLinear": 3, "BlockLinear": 3, "Linear": 2}
+_WITHOUT_BIAS = {"QuantizedLinear": 3, "BlockLinear": 3, "Nf4Linear": 3, OUTLIER_LINEAR: 3, "Linear": 2}

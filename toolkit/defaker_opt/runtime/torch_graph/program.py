@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from defaker_opt.errors import BuildError
-from defaker_opt.runtime.torch_graph import fused, fusion, linear, products
+from defaker_opt.runtime.torch_graph import bitsandbytes, fused, fusion, linear, products
 from defaker_opt.runtime.torch_graph.graph import Graph, Node, rewritten
 from defaker_opt.runtime.torch_graph.operators import OPERATORS, Operator
 
@@ -25,7 +25,9 @@ TABLE = MappingProxyType(
         "GateQuantize": Operator(fused.gate_quantize),
         "Linear": Operator(products.linear),
         "LinearGeluQuantize": Operator(fused.linear_gelu_quantize),
+        "Nf4Linear": Operator(bitsandbytes.nf4_linear),
         "NormQuantize": Operator(fused.norm_quantize),
+        bitsandbytes.OUTLIER_LINEAR: Operator(bitsandbytes.outlier_linear),
         "QuantizeLinear": Operator(fused.quantize_codes),
         "QuantizedLinear": Operator(products.quantized_linear),
         "RmsNorm": Operator(fused.rms_norm),
@@ -34,6 +36,9 @@ TABLE = MappingProxyType(
 
 # Constants up to so many numbers stay on the host too, where shapes, masks and position tables are computed.
 _SMALL = 4096
+
+# Known in a file, and replaced before anything runs.
+_WRITTEN = (bitsandbytes.NF4, bitsandbytes.LLM_INT8)
 
 _MASK = 3  # of attention's inputs
 
@@ -46,13 +51,18 @@ def lower(graph: Graph, compute: torch.dtype) -> Graph:
     in it but an ArgMax. Attention's values, which are read in it too, leave the stage rounded to `compute`.
     """
     for node in graph.nodes:
-        if node.operator not in TABLE:
+        if node.operator not in TABLE and node.operator not in _WRITTEN:
             raise BuildError(
                 f"{node.name}: the backend torch_cuda does not run {node.operator}; it runs "
-                f"{', '.join(sorted(OPERATORS))}; "
+                f"{', '.join(sorted((*OPERATORS, *_WRITTEN)))}; "
                 "make the build for a target with this backend, or run it with the backend that it is made for"
             )
-    coded: tuple[linear.Match, ...] = (linear.quantized_linear, linear.block_linear)
+    coded: tuple[linear.Match, ...] = (
+        linear.quantized_linear,
+        linear.block_linear,
+        linear.nf4_linear,
+        linear.outlier_linear,
+    )
     layers: tuple[linear.Match, ...] = (linear.float_linear, linear.bias, linear.settle_type(compute))
     for match in coded:
         graph = rewritten(graph, match)
@@ -107,6 +117,11 @@ class Specialized:
     steps: tuple[Step, ...]
     known: Mapping[str, Tensor]
     outputs: tuple[str, ...]
+
+    @property
+    def capturable(self) -> bool:
+        """Whether sizes within it are those of any picture, as a CUDA graph wants them."""
+        return all(step.node.operator != bitsandbytes.OUTLIER_LINEAR for step in self.steps)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs by name → the wanted outputs that depend on them."""

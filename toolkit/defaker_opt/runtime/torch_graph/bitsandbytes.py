@@ -1,0 +1,58 @@
+"""Products by bitsandbytes: NF4 weights, and LLM.int8() with columns of large inputs in float.
+
+The library is imported when a stage that has them is opened. Attributes have `compute`, the type that a product is
+handed on in, and for NF4 `block`, how many codes share a scale. On the CPU inputs are float32, as for ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from defaker_opt.errors import BuildError
+from defaker_opt.runtime.torch_graph.graph import Attributes, Graph
+from defaker_opt.runtime.torch_graph.products import scale_and_shift
+
+# Operators of graphs that are run here, and what the second becomes. Which columns it keeps in float depends on the
+# picture, and so do sizes within it: it cannot be part of a CUDA graph.
+NF4, LLM_INT8, OUTLIER_LINEAR = "MatMulBnb4", "LlmInt8", "OutlierLinear"
+
+# As in `graph/bitsandbytes.py`.
+_THRESHOLD = 6.0
+
+
+def require_library(graph: Graph) -> None:
+    """Raise BuildError if a graph needs bitsandbytes and it cannot be imported."""
+    if not any(node.operator in (NF4, LLM_INT8) for node in graph.nodes):
+        return
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise BuildError(
+            f"backend torch_cuda runs these codes by bitsandbytes, which cannot be imported ({error}); install it: "
+            "pip install 'defaker-opt[bitsandbytes]', or run the build with: --backend onnx_runtime"
+        ) from error
+
+
+def nf4_linear(attributes: Attributes, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times NF4 codes, packed [out, in / 2], scale [out, groups]. Returns [..., out] of `compute`."""
+    given = x.to(attributes["compute"] if x.is_cuda else torch.float32)
+    shape = [packed.shape[0], 2 * packed.shape[1]]
+    product: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+        given, packed.view(-1, 1), shape, scale.reshape(-1), attributes["block"], "nf4"
+    )
+    return scale_and_shift(product, None, bias).to(attributes["compute"])
+
+
+def outlier_linear(
+    attributes: Attributes, x: Tensor, codes: Tensor, largest: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x [..., in] times codes [out, in] int8, largest [out] what 127 stands for. Returns [..., out] of `compute`."""
+    library = torch.ops.bitsandbytes
+    rows = x.reshape(-1, x.shape[-1]).to(torch.float16 if x.is_cuda else torch.float32).contiguous()
+    # It divides by the largest number of a token; one of zeros would become codes that mean nothing, times zero.
+    given, row_largest, columns = library.int8_vectorwise_quant(rows, _THRESHOLD)
+    product, _ = library.int8_mixed_scaled_mm(rows, given, codes, row_largest, largest, columns, None)
+    return scale_and_shift(product, None, bias).to(attributes["compute"]).reshape(*x.shape[:-1], -1)
