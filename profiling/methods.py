@@ -36,7 +36,7 @@ from defaker_opt.samples import EMBEDDED, Samples, load_samples
 
 BALANCED = Balance()
 ACTIVATION = {"order": "activation"}
-SCHEMES = ("int4-g128", "int4-g32", "int4-asym-g128", "int2-asym-g32")
+SCHEMES = ("int4-g128", "int4-g32", "int4-asym-g128", "nf4-g64", "int2-asym-g32")
 METHODS: dict[str, tuple[str, dict[str, object], Balance | None]] = {
     "round_to_nearest": ("round_to_nearest", {}, None),
     "mse_clip": ("mse_clip", {}, None),
