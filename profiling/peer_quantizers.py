@@ -35,7 +35,7 @@ from defaker_opt.graph.write import write_graph
 from defaker_opt.methods import parse_scheme
 from defaker_opt.observe.inputs import StageInput, calibration_inputs
 from defaker_opt.observe.sweep import Sweep
-from defaker_opt.passes.quantize import Quantize
+from defaker_opt.passes.quantize import Chooser, Quantize
 from defaker_opt.recipe import load_recipe
 from defaker_opt.runtime.backends.onnx_runtime import OPEN_ERRORS
 from defaker_opt.runtime.build import MANIFEST
@@ -180,6 +180,11 @@ def ours(detector: Detector, stage: str, recipe: str, target: str) -> Callable[[
     assert isinstance(quantize, Quantize)
     shapes = linear_weights(detector.config, stage)
     rules = {name: next(rule for rule in quantize.rules if fnmatchcase(name, rule.match)) for name in shapes}
+    schemes = {
+        name: scheme
+        for name, rule in rules.items()
+        if (whole := parse_scheme(rule.scheme)) and (scheme := whole.fitted(shapes[name][1]))
+    }
     graph = traced_stage(detector, stage)
 
     def write(folder: Path, calls: list[Tensors]) -> None:
@@ -187,12 +192,11 @@ def ours(detector: Detector, stage: str, recipe: str, target: str) -> Callable[[
         needs = {name: rule.needs() for name, rule in rules.items() if rule.scheme != "float"}
         names = [tensor.name for tensor in detector.spec(stage).inputs]
         given = [StageInput(tuple(torch.from_numpy(call[name]) for name in names)) for call in calls]
+        chooser = Chooser(coded, schemes, {name: rules[name] for name in schemes})
         with torch.inference_mode():
-            for group in Sweep([coded], needs).walk(stage, lambda: [given]):
-                for name, seen in group.items():
-                    scheme = parse_scheme(rules[name].scheme)
-                    if scheme and (scheme := scheme.fitted(shapes[name][1])):
-                        coded.codes[name] = rules[name].codes(detector.read(name).numpy(), scheme, seen)
+            for group in Sweep([coded], needs, None, chooser.foregone).walk(stage, lambda: [given]):
+                for name in group.keys() & schemes.keys():
+                    coded.codes[name] = chooser.codes(name, group[name])
         fill_weights_(graph, coded, load_target(target).encodings)
         write_graph(graph, folder)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from defaker_opt.detector import Detector, linear_weights, load_detector
 from defaker_opt.errors import PassError, SuiteError
 from defaker_opt.files import default_cache_folder
-from defaker_opt.methods import NOTHING_SEEN, Scheme, Statistics, parse_scheme
+from defaker_opt.methods import NOTHING_SEEN, QuantizedWeight, Scheme, Statistics, parse_scheme
 from defaker_opt.methods.round_to_nearest import RoundToNearest
 from defaker_opt.observe import Sums, recorded
+from defaker_opt.observe import line as line_module
+from defaker_opt.observe import sweep as sweep_module
 from defaker_opt.observe.inputs import Balance, question_inputs, tile_inputs, whole_inputs
 from defaker_opt.observe.sweep import observe_layers
 from defaker_opt.passes.quantize import Quantize, Rule
@@ -125,6 +129,52 @@ def test_layers_come_in_the_order_in_which_they_run_and_all_of_them(samples: Sam
         STAGES.index(layer.partition(".")[0]) for layer in order
     )
     assert [layer for group in groups for layer, seen in group.items() if seen is not NOTHING_SEEN] == [name]
+
+
+def coarse(detector: Detector, layers: Collection[str]) -> dict[str, QuantizedWeight]:
+    original = replace(detector, codes={})
+    return {name: RoundToNearest().quantize(original.read(name).numpy(), Scheme(4)) for name in layers}
+
+
+def test_codes_that_nothing_seen_would_change_are_there_when_it_is_seen(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call then passes each block once, and layers are given what the whole coded detector gives them."""
+    passed: list[nn.Module] = []
+    run = line_module._run
+
+    def counted(block: nn.Module, state: line_module.State) -> torch.Tensor:
+        passed.append(block)
+        return run(block, state)
+
+    monkeypatch.setattr(line_module, "_run", counted)
+    monkeypatch.setattr(sweep_module, "open_cache", lambda *given: None)
+    detector = fresh()
+    needs = dict.fromkeys(sorted(all_names(detector)), ("largest", "mean_abs"))
+    found: dict[str, Statistics] = {}
+    for group in observe_layers(detector, samples, needs, None, lambda layers: coarse(detector, layers)):  # type: ignore[arg-type]
+        found |= group
+        detector.codes.update(coarse(detector, group))
+    blocks = {"vision_encoder": 4, "language": 2 * 3, "mask_encoder": 5}
+    assert len(passed) == len(samples.items) * sum(blocks.values())
+    for name in LAYERS[:2] + LAYERS[3:5] + LAYERS[7:8]:
+        x = torch.cat(plain_inputs(detector, samples, name))
+        close(found[name].mean_abs, x.abs().mean(0))
+        close(found[name].largest, x.abs().amax(0))
+
+
+def test_a_layer_that_must_be_seen_first_is_seen_with_original_weights_around_it(samples: Samples) -> None:
+    name = "language.layers.0.mlp.down_proj.weight"
+    detector = fresh()
+
+    def foregone(layers: Collection[str]) -> dict[str, QuantizedWeight] | None:
+        return None if name in layers else coarse(detector, layers)
+
+    for group in observe_layers(detector, samples, {name: ("mean_abs",)}, None, foregone):
+        if name in group:
+            break
+    x = torch.cat(plain_inputs(fresh(), samples, name))
+    close(group[name].mean_abs, x.abs().mean(0))
 
 
 def test_balanced_tokens_count_as_the_kinds_say(samples: Samples) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +127,32 @@ def test_other_codes_before_a_layer_are_another_entry(
     assert not same(swept(samples, bits=8), swept(samples, bits=4))
     # The first block of the vision encoder has nothing before it.
     assert len(list(folder.glob("*.statistics"))) == 2 * 9 - 1
+
+
+def test_codes_around_a_layer_are_part_of_the_name(samples: Samples, folder: Path) -> None:
+    def found(bits: int) -> Found:
+        given = detector()
+
+        def coded(layers: Collection[str]) -> dict[str, QuantizedWeight]:
+            original = dataclasses.replace(given, codes={})
+            return {n: RoundToNearest().quantize(original.read(n).numpy(), Scheme(bits)) for n in layers}
+
+        result = Found()
+        for group in observe_layers(given, samples, dict.fromkeys(NAMES, ("hessian", "histogram")), None, coded):
+            for name in group.keys() & set(NAMES):
+                result[name] = group[name]
+            given.codes.update(coded(group))
+        return result
+
+    first = found(4)
+    files = len(list(folder.glob("*.statistics")))
+    assert same_histograms(first, found(4)) and len(list(folder.glob("*.statistics"))) == files
+    # Also of the first block, whose layers see one another's codes.
+    assert not same_histograms(first, found(8)) and len(list(folder.glob("*.statistics"))) == 2 * files
+
+
+def same_histograms(one: Found, other: Found) -> bool:
+    return all(np.array_equal(one[name].histogram, other[name].histogram) for name in one)
 
 
 def test_codes_of_stages_that_nobody_looked_at_count_too(samples: Samples, folder: Path) -> None:

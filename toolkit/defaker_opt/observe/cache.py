@@ -1,8 +1,8 @@
 """Statistics that earlier jobs have found, in the user's cache: they depend on what runs before a layer, not on it.
 
 A group of layers has one file, named by all that decides it: the detector, the pictures, how tokens count, what is
-asked for, our code and torch, and what the weights of layers before it decode to. So recipes share what they have in
-common: `int8-static` for another target finds everything.
+asked for, our code and torch, and what the weights before it and around it decode to. So recipes share what they have
+in common: `int8-static` for another target finds everything.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ _LARGEST_BYTES = 128 << 20
 # Beyond it the files that were not used for longest go.
 _CACHE_BYTES = 2 << 30
 
+# Of the layers of a block while it is looked at, None for its original weights.
+Codes = Mapping[str, QuantizedWeight] | None
+
 _ARRAYS = ("hessian", "shift", "mean_abs", "largest", "histogram")
 
 
@@ -61,9 +64,11 @@ class StatisticsCache:
         for name in sorted(codes):
             self.weights[stage] = _hash([self.weights.get(stage, ""), name, _decoded_digest(codes[name])])
 
-    def read(self, stage: str, needs: Mapping[str, Collection[Need]]) -> dict[str, Statistics] | None:
-        """Of all these layers, None if they were not kept or the file is damaged."""
-        path = self._path(stage, needs)
+    def read(
+        self, stage: str, needs: Mapping[str, Collection[Need]], coded: Codes = None
+    ) -> dict[str, Statistics] | None:
+        """Of all these layers, None if they were not kept or the file is damaged. coded: see `Sweep`."""
+        path = self._path(stage, needs, coded)
         content = read_digested(path)
         if content is None:
             return None
@@ -74,7 +79,9 @@ class StatisticsCache:
         owners = [_statistics(arrays, index) for index in range(len(arrays["tokens"]))]
         return {str(name): owners[owner] for name, owner in zip(arrays["names"], arrays["owners"], strict=True)}
 
-    def keep(self, stage: str, needs: Mapping[str, Collection[Need]], found: Mapping[str, Statistics]) -> None:
+    def keep(
+        self, stage: str, needs: Mapping[str, Collection[Need]], found: Mapping[str, Statistics], coded: Codes = None
+    ) -> None:
         """Write what was found of these layers, unless it is too much or there is no room."""
         owners = list({id(seen): seen for seen in found.values()}.values())
         arrays = {
@@ -91,13 +98,14 @@ class StatisticsCache:
         arrays["owners"] = np.array([index_of[id(seen)] for seen in found.values()])
         content = io.BytesIO()
         np.savez(content, **arrays)
-        keep_digested(self._path(stage, needs), content.getvalue())
+        keep_digested(self._path(stage, needs, coded), content.getvalue())
         _empty(self.folder)
 
-    def _path(self, stage: str, needs: Mapping[str, Collection[Need]]) -> Path:
+    def _path(self, stage: str, needs: Mapping[str, Collection[Need]], coded: Codes) -> Path:
         before = {each: self.weights.get(each, "") for each in _all_feeds(stage)}
         asked = {name: sorted(wanted) for name, wanted in needs.items()}
-        return self.folder / f"{_hash([self.facts, stage, before, asked])[:32]}.statistics"
+        around = None if coded is None else {name: _decoded_digest(weight) for name, weight in coded.items()}
+        return self.folder / f"{_hash([self.facts, stage, before, asked, around])[:32]}.statistics"
 
 
 def open_cache(detector: Detector, samples: Samples, balance: Balance | None) -> StatisticsCache | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from defaker_opt.methods import (
     parse_scheme,
 )
 from defaker_opt.observe.inputs import Balance
-from defaker_opt.observe.sweep import observe_layers
+from defaker_opt.observe.sweep import Foregone, observe_layers
 from defaker_opt.passes import PassResult, Preview
 from defaker_opt.progress import Progress
 from defaker_opt.runtime.spec import STAGES
@@ -91,12 +91,15 @@ class Rule:
 
     def codes(self, weight: Array, scheme: Scheme, seen: Statistics) -> QuantizedWeight:
         """Codes for a weight [out, in], with the input's scale if the scheme has one."""
-        chosen = self.chooser().quantize(weight, scheme, seen)
+        return self.with_range(self.chooser().quantize(weight, scheme, seen), seen)
+
+    def with_range(self, chosen: QuantizedWeight, seen: Statistics) -> QuantizedWeight:
+        """Codes with the input's scale, if their scheme has one."""
         if not self.static:
             return chosen
         assert seen.histogram is not None
-        clip = self.clip or ("largest" if scheme.floating else "mse")
-        return dataclasses.replace(chosen, input_scale=input_scale(seen.histogram, clip, scheme.largest_code))
+        clip = self.clip or ("largest" if chosen.scheme.floating else "mse")
+        return dataclasses.replace(chosen, input_scale=input_scale(seen.histogram, clip, chosen.scheme.largest_code))
 
     def chooser(self) -> Method:
         """The method with its knobs."""
@@ -155,15 +158,14 @@ class Quantize:
     def apply(self, detector: Detector, progress: Progress, samples: Samples | None = None) -> PassResult:
         """See `Pass`."""
         weights = _all_linear(detector.config)
+        schemes = {name: scheme for name, shape in weights.items() if (scheme := self._scheme(name, shape))}
+        chooser = Chooser(detector, schemes, {name: rule for name in schemes if (rule := self._rule(name))})
         done = 0
-        for group in self._groups(detector, weights, samples):
+        for group in self._groups(detector, weights, samples, chooser.foregone):
             for name, seen in group.items():
-                scheme, rule = self._scheme(name, weights[name]), self._rule(name)
                 # A run that was killed may have left codes behind, which are what they would be now.
-                if scheme is not None and name not in detector.codes:
-                    assert rule is not None
-                    original = dataclasses.replace(detector, codes={}).read(name).numpy()
-                    detector.codes[name] = rule.codes(original, scheme, seen)
+                if name in schemes and name not in detector.codes:
+                    detector.codes[name] = chooser.codes(name, seen)
                 done += 1
                 progress(f"quantize {name}", done / len(weights))
         quantized = {name: str(detector.codes[name].scheme) for name in weights if name in detector.codes}
@@ -171,14 +173,18 @@ class Quantize:
         return PassResult({"quantized": quantized, "left_in_float": {**left, **_never_quantized(detector.config)}})
 
     def _groups(
-        self, detector: Detector, weights: Mapping[str, tuple[int, ...]], samples: Samples | None
+        self,
+        detector: Detector,
+        weights: Mapping[str, tuple[int, ...]],
+        samples: Samples | None,
+        foregone: Foregone,
     ) -> Iterator[dict[str, Statistics]]:
         """All linear layers in the order in which they run, with what their methods need to have seen."""
         if not self._looks(weights):
             yield dict.fromkeys(weights, NOTHING_SEEN)
             return
         assert samples is not None, "check said that pictures are needed"
-        yield from observe_layers(detector, samples, self._needs(weights), self.balance)
+        yield from observe_layers(detector, samples, self._needs(weights), self.balance, foregone)
 
     def _needs(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Need, ...]]:
         rules = {name: self._rule(name) for name, shape in weights.items() if self._scheme(name, shape) is not None}
@@ -210,6 +216,35 @@ class Quantize:
         scheme = parse_scheme(rule.scheme)
         assert scheme is not None
         return f"{shape[1]} columns have no group of {scheme.least_group} or more that divides them"
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses codes of layers by their rules; early: of the block at hand, what does not depend on pictures."""
+
+    detector: Detector
+    schemes: Mapping[str, Scheme]
+    rules: Mapping[str, Rule]
+    early: dict[str, QuantizedWeight] = field(default_factory=dict)
+
+    def foregone(self, layers: Collection[str]) -> Mapping[str, QuantizedWeight] | None:
+        """See `observe_layers`."""
+        self.early.clear()
+        coded = [name for name in layers if name in self.schemes]
+        if any(self.rules[name].chooser().NEEDS for name in coded):
+            return None
+        done = self.detector.codes
+        self.early.update({name: self._codes(name, NOTHING_SEEN) for name in coded if name not in done})
+        return {name: done[name] if name in done else self.early[name] for name in coded}
+
+    def codes(self, name: str, seen: Statistics) -> QuantizedWeight:
+        """Codes of a layer when its inputs have been seen."""
+        chosen = self.early.pop(name) if name in self.early else self._codes(name, seen)
+        return self.rules[name].with_range(chosen, seen)
+
+    def _codes(self, name: str, seen: Statistics) -> QuantizedWeight:
+        original = dataclasses.replace(self.detector, codes={}).read(name).numpy()
+        return self.rules[name].chooser().quantize(original, self.schemes[name], seen)
 
 
 def _all_linear(config: DetectorConfig) -> Mapping[str, tuple[int, ...]]:
