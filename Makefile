@@ -22,7 +22,10 @@ demo: $(READY)
 	@echo "the mask over the photo: demo/astronaut_overlay.png"
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not ci"
+
+test-ci: $(READY)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m ci
 
 test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -35,4 +38,4 @@ check: $(READY)
 clean:
 	rm -rf .venv demo
 
-.PHONY: install demo test test-all check clean
+.PHONY: install demo test test-ci test-all check clean

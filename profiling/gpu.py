@@ -1,4 +1,4 @@
-"""A full-size detector on one CUDA GPU: eager bfloat16 modules against our bfloat16, FP8 and INT8 builds.
+"""A full-size detector on one CUDA GPU: eager bfloat16 modules against our bfloat16, FP8, INT8 and bitsandbytes builds.
 
     python profiling/gpu.py [--source defakerone-2b:random] [--quick] [--rounds 30] [--work exported/gpu]
     python profiling/gpu.py --source reference:random --device cpu --rounds 1
@@ -55,6 +55,8 @@ FORMS = {
     "bf16": ("float32", "bf16"),
     "fp8": ("datacenter-fp8", "fp8"),
     "int8": ("datacenter-int8", "int8"),
+    "NF4, bitsandbytes": ("bitsandbytes-nf4", "bf16"),
+    "LLM.int8, bitsandbytes": ("bitsandbytes-int8", "int8"),
 }
 TARGET = "h200-cuda"
 WARM_UP = 3

@@ -24,6 +24,7 @@ import torch
 from environments import python_of
 from onnxruntime import quantization
 from onnxruntime.quantization import matmul_nbits_quantizer
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from safetensors.torch import save_file
 
 from defaker_opt.detector import Detector, linear_weights, load_detector, parameter_shapes, source_folder
@@ -345,6 +346,14 @@ def searched(plain: Path, written: Path, calls: list[Tensors]) -> None:
     blocks(plain, written, matmul_nbits_quantizer.KQuantWeightOnlyQuantConfig())
 
 
+def nf4(plain: Path, written: Path, calls: list[Tensors]) -> None:
+    """bitsandbytes' NF4, by onnxruntime's quantizer for it."""
+    kept = ["language.verdict_head.weight"]
+    quantizer = MatMulBnb4Quantizer(onnx.load(plain), MatMulBnb4Quantizer.NF4, BLOCK, nodes_to_exclude=kept)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(written))
+
+
 @dataclass(frozen=True)
 class Contest:
     """What peers quantize, and who they are."""
@@ -364,6 +373,7 @@ CONTESTS = {
             "onnxruntime-rtn": nearest,
             "onnxruntime-hqq": half_quadratic,
             "onnxruntime-k-quant": searched,
+            "bitsandbytes-nf4": nf4,
             "gptqmodel-gptq": gptqmodel,
             "modelopt-awq": modelopt_awq,
         },

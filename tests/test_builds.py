@@ -32,9 +32,14 @@ def quiet(what: str, fraction: float) -> None:
 
 # Apart from its target it is jetson-int8.
 ALIKE = pytest.param("datacenter-int8", marks=pytest.mark.slow)
+# ModelOpt takes most of a minute for each.
+MODELOPT = {name for name in yaml_names("recipes") if name.startswith("modelopt-")}
+OTHERS = sorted({*yaml_names("recipes")} - MODELOPT - {"datacenter-int8"})
 
 
-@pytest.mark.parametrize("recipe", [*sorted({*yaml_names("recipes")} - {"datacenter-int8"}), ALIKE])
+@pytest.mark.parametrize(
+    "recipe", [*OTHERS, ALIKE, *(pytest.param(name, marks=pytest.mark.ci) for name in sorted(MODELOPT))]
+)
 def test_every_shipped_recipe_makes_a_build_that_passes_its_self_test(recipe: str, builds: Path) -> None:
     build = shared_build(builds, recipe)
     session = open_session(open_build(build))

@@ -53,6 +53,7 @@ def int8_engines(builds: Path) -> Path:
     return shared_build(builds, "jetson-int8")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_tensorrt_builds_every_stage_for_every_gpu_that_can(recipe: str, builds: Path) -> None:
     build = open_build(shared_build(builds, recipe))
