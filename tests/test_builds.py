@@ -20,7 +20,7 @@ from defaker_opt.runtime.spec import STAGES
 from defaker_opt.sample import sample_image
 from defaker_opt.stage_build import relative_difference
 from defaker_opt.target import load_target
-from tests.conftest import ROOT, shared_build, summary_of
+from tests.conftest import MODELOPT_PARAMS, MODELOPT_RECIPES, ROOT, shared_build, summary_of
 from tests.conftest import make_build as build_of
 
 DEV = ROOT.parent / "shared" / "data" / "dev"
@@ -32,14 +32,10 @@ def quiet(what: str, fraction: float) -> None:
 
 # Apart from its target it is jetson-int8.
 ALIKE = pytest.param("datacenter-int8", marks=pytest.mark.slow)
-# ModelOpt takes most of a minute for each.
-MODELOPT = {name for name in yaml_names("recipes") if name.startswith("modelopt-")}
-OTHERS = sorted({*yaml_names("recipes")} - MODELOPT - {"datacenter-int8"})
+OTHERS = sorted({*yaml_names("recipes")} - {*MODELOPT_RECIPES, "datacenter-int8"})
 
 
-@pytest.mark.parametrize(
-    "recipe", [*OTHERS, ALIKE, *(pytest.param(name, marks=pytest.mark.ci) for name in sorted(MODELOPT))]
-)
+@pytest.mark.parametrize("recipe", [*OTHERS, ALIKE, *MODELOPT_PARAMS])
 def test_every_shipped_recipe_makes_a_build_that_passes_its_self_test(recipe: str, builds: Path) -> None:
     build = shared_build(builds, recipe)
     session = open_session(open_build(build))

@@ -27,12 +27,11 @@ from defaker_opt.sample import sample_image
 from defaker_opt.samples import load_samples
 from defaker_opt.strict import Invalid
 from defaker_opt.target import load_target
-from tests.conftest import shared_build
+from tests.conftest import MODELOPT_PARAMS, shared_build
 
 needs_modelopt = pytest.mark.skipif(
     importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed"
 )
-RECIPES = ("modelopt-int8", "modelopt-int4", "modelopt-fp8")
 SHAPES = {"language.a.weight": (24, 128), "language.b.weight": (8, 192)}
 
 
@@ -101,7 +100,7 @@ def test_every_layer_is_named_as_modelopt_has_its_own_rules_for_names() -> None:
 
 
 @needs_modelopt
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", MODELOPT_PARAMS)
 def test_the_whole_line_gives_a_verdict_near_floats(recipe: str, builds: Path, float_build: Path) -> None:
     build = open_build(shared_build(builds, recipe))
     image = Image.fromarray(sample_image())
