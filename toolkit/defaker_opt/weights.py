@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -66,8 +67,20 @@ class StoredWeights:
 
     def digest(self) -> str:
         """See `Weights`."""
-        digests = [file_sha256(path) for path in sorted(set(self.files.values()))]
+        digests = [_digest_of(path, _facts(path)) for path in sorted(set(self.files.values()))]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+# Several parts of a job want the hash, and a file of many gigabytes takes a while.
+@functools.lru_cache(maxsize=64)
+def _digest_of(path: Path, facts: tuple[int, int, int]) -> str:
+    return file_sha256(path)
+
+
+def _facts(path: Path) -> tuple[int, int, int]:
+    """What tells a file from one that takes its place later."""
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 @dataclass(frozen=True)
