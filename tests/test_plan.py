@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from defaker_opt.detector import load_detector
+from defaker_opt.detector import linear_weights, load_detector
 from defaker_opt.errors import DefakerError, PassError
 from defaker_opt.files import default_cache_folder
 from defaker_opt.planning.fit import plan_recipe
@@ -90,6 +90,21 @@ def test_a_2b_detector_costs_what_was_measured(recipe: str) -> None:
     assert planned.sizes.total == pytest.approx(measured["bytes"], rel=0.02)
     assert make.memory_bytes == pytest.approx(measured["made_peak_memory_bytes"], rel=0.15)
     assert run.memory_bytes == pytest.approx(measured["run_peak_memory_bytes"], rel=0.15)
+
+
+def test_ranges_alone_are_seen_while_calls_pass() -> None:
+    from defaker_opt.machine import read_machine
+    from defaker_opt.planning.fit import machine_device
+    from defaker_opt.planning.looking import looking_cost
+
+    detector, here = load_detector("reference"), machine_device(read_machine())
+    names = linear_weights(detector.config, "language")
+    once, twice, thrice = (
+        looking_cost(detector, dict.fromkeys(names, wanted), "embedded", here).seconds
+        for wanted in (("histogram",), ("histogram", "mean_abs"), ("histogram", "shift"))
+    )
+    # The vision encoder, which feeds it and is not looked at, is passed once.
+    assert once < twice < thrice
 
 
 def test_looking_at_pictures_is_a_step_of_its_own() -> None:

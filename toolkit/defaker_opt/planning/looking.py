@@ -14,8 +14,8 @@ from defaker_opt.planning.formulas import picture_load, stage_blocks, stage_coun
 from defaker_opt.samples import expected_samples
 
 _FLOAT, _DOUBLE = 4, 8
-# A block runs to be observed and with its codes; with "shift" also as it was.
-_RUNS = 2
+# What does not decide a layer's codes, so that they are there when it is looked at.
+_RANGES = {"histogram"}
 # Width / height of usual pictures; upright ones are cut into as many tiles.
 _ASPECTS = (1.0, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
 # What torch, transformers and decoded pictures take, and the heap keeps of stages that were looked at before. Measured.
@@ -50,7 +50,7 @@ def looking_cost(
     counts = stage_counts(config, load)
     # The picture's tiles are encoded once here, whatever is asked.
     operations = {name: counts[name].total / (load.readings if name == "vision_encoder" else 1) for name in stages}
-    runs = images * (_RUNS + shifted)
+    runs = {name: images * (3 if shifted else _block_runs(name, needs)) for name in stages}
     shapes = {name: shape for stage in stages for name, shape in linear_weights(config, stage).items()}
     factored = sum(
         columns**3 + 2 * columns**2 * rows
@@ -58,9 +58,10 @@ def looking_cost(
         if "hessian" in needs.get(name, ())
     )
     # The language part is called for each question.
-    calls = sum(stage_blocks(config, name) * (load.readings if name == "language" else 1) for name in stages)
-    seconds = runs * sum(operations.values()) / torch_rate(here) + factored / (_FACTOR_SHARE * torch_rate(here))
-    seconds += runs * calls * _CALL_SECONDS
+    calls = {name: stage_blocks(config, name) * (load.readings if name == "language" else 1) for name in stages}
+    seconds = sum(runs[name] * operations[name] for name in stages) / torch_rate(here)
+    seconds += factored / (_FACTOR_SHARE * torch_rate(here))
+    seconds += sum(runs[name] * calls[name] for name in stages) * _CALL_SECONDS
     states = {
         "vision_encoder": load.tiles
         * (config.tiling.tile_size // config.vision.patch_size) ** 2
@@ -71,6 +72,15 @@ def looking_cost(
     kept = _FLOAT * images * (1 + shifted) * max(states.get(name, 0) for name in stages)
     squares = max((shape[1] ** 2 for name, shape in shapes.items() if "hessian" in needs.get(name, ())), default=0)
     return LookingCost(seconds, _BASE_BYTES + kept + _DOUBLE * (4 + shifted) * squares)
+
+
+def _block_runs(stage: str, needs: Mapping[str, Collection[Need]]) -> int:
+    """A block runs to be observed and with its codes, at once if those do not depend on what is seen.
+
+    With "shift" it also runs as it was, and never at once.
+    """
+    asked = [set(wanted) for name, wanted in needs.items() if name.startswith(f"{stage}.")]
+    return 2 if any(not wanted <= _RANGES for wanted in asked) else 1
 
 
 def picture_tiles(config: DetectorConfig, side: int) -> int:
