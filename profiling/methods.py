@@ -1,6 +1,7 @@
 """Quantization methods on the language part: how far verdicts and masks move from the float detector, and seconds.
 
     python profiling/methods.py [--source reference] [--suite quick] [--quick]
+    python profiling/methods.py --suite embedded --methods 'gpt*activation*' --schemes int4-g128 int4-asym-g128 nf4-g64
 
 Only codes differ: the other stages and all activations stay float32, in torch. Methods look at the set `calibration`,
 suites are drawn from other photographs. `flips`: verdicts on the other side of 0.5; `KL`: of the eight answer words,
@@ -18,6 +19,7 @@ import platform
 import sys
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--source", default="reference")
     parser.add_argument("--suite", default="quick")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--methods", default="*", help="a glob over the names in the table")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     cache = default_cache_folder()
@@ -147,16 +150,17 @@ def main() -> None:
     tokens, maps = encode(detector, Samples(given.suite, "", suite))
     questions = question_inputs(detector, tokens, None)
     float_answers = answer(detector, questions, maps)
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
+    chosen = {name: method for name, method in METHODS.items() if fnmatchcase(name, given.methods)}
     for scheme in given.schemes:
-        for name, (method, options, balance) in METHODS.items():
+        for name, (method, options, balance) in chosen.items():
             changed = dataclasses.replace(detector, codes={})
             seconds = quantize(changed, vision, scheme, method, options, balance)
             row = {**compare(float_answers, answer(changed, questions, maps)), "seconds": seconds}
             rows[f"{scheme} {name}"] = row
             show(
                 f"{scheme} {name}: {row['flips']} flips, {row['mean_kl'] * 1e3:.4f}",
-                len(rows) / len(METHODS) / len(given.schemes),
+                len(rows) / len(chosen) / len(given.schemes),
             )
     print(file=sys.stderr)
     print_table(rows, len(suite))
