@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from defaker_opt.graph.product import write_product
 from defaker_opt.graph.write import decoded_weights
 from defaker_opt.methods import NF4, QuantizedWeight, parse_scheme
 from defaker_opt.methods.round_to_nearest import RoundToNearest
+from defaker_opt.profiles.work import count_file
 from defaker_opt.runtime import open_build, open_session
 from defaker_opt.runtime.backends import Choice, OpenStage, onnx_runtime, torch_cuda
 from defaker_opt.runtime.recording import record_calls
@@ -166,7 +169,7 @@ def test_what_the_operator_means_is_valid_onnx(tmp_path: Path) -> None:
     path, _ = written(codes_of(hard_weight(), "int8-outlier"), tmp_path)
     model = onnx.load(str(path))
     onnx.checker.check_model(model, full_check=True)
-    assert [function.name for function in model.functions] == [llm_int8_function().name]
+    assert [function.name for function in model.functions] == ["LlmInt8"]
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +216,55 @@ def test_what_depends_on_pictures_is_not_captured(builds: Path, calls: Mapping[s
 
 
 def test_without_the_library_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, _ = written(codes_of(hard_weight(), "nf4-g64"), tmp_path)
+    path, spec = written(codes_of(hard_weight(), "nf4-g64"), tmp_path)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(BuildError, match=r"by bitsandbytes, which cannot be imported .*pip install 'defaker-opt\[bits"):
-        ours.require_library(read_graph(path))
+        torch_cuda.open_stage(path, spec, {"device": "cpu"})
+
+
+def test_importing_it_fetches_nothing_and_says_nothing(tmp_path: Path) -> None:
+    """With the package `kernels` there, bitsandbytes would fetch code from a hub; without it, it complains."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*given, **named):\n    raise SystemExit('it asked the hub')\n")
+    code = (
+        "from defaker_opt.runtime.torch_graph import bitsandbytes as ours; ours._import_library(); "
+        "import sys, bitsandbytes, kernels; print(kernels.__file__)"
+    )
+    path = os.pathsep.join([str(tmp_path), *(each for each in [os.environ.get("PYTHONPATH")] if each)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "kernels.py")]
+    assert done.stderr == ""
+
+
+def test_what_float16_cannot_hold_is_cut_off() -> None:
+    x = torch.tensor([7e4, -1e30, 3.0])
+    assert ours.narrowed(x, torch.float16).tolist() == [65504.0, -65504.0, 3.0]
+
+
+def test_llm_int8_codes_are_those_of_bitsandbytes_but_on_borders() -> None:
+    weight = np.random.default_rng(6).standard_normal((64, 512)).astype(np.float32)
+    codes = codes_of(weight, "int8-outlier")
+    theirs, largest, _ = bitsandbytes.functional.int8_vectorwise_quant(torch.from_numpy(weight))
+    np.testing.assert_allclose(largest.numpy() / 127, codes.scale[:, 0], rtol=1e-6)
+    apart = np.flatnonzero(theirs.numpy() != codes.codes)
+    steps = (weight / codes.scale).reshape(-1)[apart]
+    assert all(abs(abs(step) % 1 - 0.5) < 1e-4 for step in steps)
+
+
+def test_in_a_newer_opset_it_is_still_inlined_and_counted(tmp_path: Path) -> None:
+    """A stage with codes of engines beside them is of opset 21."""
+    weight = np.ones((8, 64), np.float32)
+    path, _ = written(codes_of(weight, "int8-outlier"), tmp_path)
+    model = onnx.load(str(path))
+    assert {each.domain: each.version for each in model.functions[0].opset_import}[""] == model.opset_import[0].version
+    assert llm_int8_function(21).opset_imports == {"": 21}
+    assert count_file(path, {"x": (5, 64)}, ["y"]).operations["int8"] == 2 * 5 * 64 * 8
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -72,8 +72,9 @@ def test_float_stages_equal_torch(float_build: Path) -> None:
 def test_quantized_stages_are_small(recipe: str, builds: Path, float_build: Path) -> None:
     quantized = open_build(shared_build(builds, recipe)).manifest.data["stages"]
     whole = open_build(float_build).manifest.data["stages"]
-    for stage in ("vision_encoder", "language", "mask_encoder"):
-        assert quantized[stage]["bytes"] <= 0.35 * whole[stage]["bytes"], stage
+    # One of the four feed-forward nets of the vision encoder stays in float.
+    for stage, share in {"vision_encoder": 0.45, "language": 0.35, "mask_encoder": 0.35}.items():
+        assert quantized[stage]["bytes"] <= share * whole[stage]["bytes"], stage
     if recipe == "int4":
         assert quantized["language"]["bytes"] <= 0.16 * whole["language"]["bytes"]
 

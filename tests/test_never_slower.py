@@ -37,7 +37,7 @@ def test_slow_stages_become_float_and_say_why() -> None:
     # A rule that no layer is left for would be an error of the recipe.
     schemes = quantize.check(detector.config, load_target("cpu")).schemes
     assert {schemes[name] for name in linear_weights(detector.config, "language")} == {"float"}
-    assert {schemes[name] for name in linear_weights(detector.config, "vision_encoder")} == {"int8"}
+    assert {schemes[name] for name in linear_weights(detector.config, "vision_encoder")} == {"int8", "float"}
     assert kept.as_json()["reverted"] == dict(kept.reverted)
 
 
@@ -64,5 +64,5 @@ def test_a_reverted_build_is_an_ordinary_one_and_says_which_stage(int8_build: Pa
     manifest = json.loads((build.folder / MANIFEST).read_text())
     assert manifest["recipe"]["reverted"] == dict(recipe.reverted)
     assert manifest["stages"]["language"]["scheme"] == "float"
-    assert manifest["stages"]["vision_encoder"]["scheme"] == "int8"
+    assert manifest["stages"]["vision_encoder"]["scheme"] == "int8+float"
     assert "_ms" not in json.dumps(manifest["stages"])

@@ -177,6 +177,31 @@ def test_a_layer_that_must_be_seen_first_is_seen_with_original_weights_around_it
     close(group[name].mean_abs, x.abs().mean(0))
 
 
+STATIC = Quantize((Rule("*.mlp.*", "int8-static", clip="largest"), Rule("*", "float")))
+
+
+@pytest.mark.parametrize("asked_for_shift", [False, True])
+def test_ranges_are_those_of_the_coded_detector_with_what_an_earlier_pass_did(
+    asked_for_shift: bool, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "open_cache", lambda *given: None)
+    detector = fresh()
+    earlier = [name for name in all_names(detector) if ".attention." in name or ".self_attn.o_proj" in name]
+    detector.codes.update(coarse(detector, earlier))
+    quantize = STATIC
+    if asked_for_shift:  # in another stage: what is seen in this one stays the same
+        quantize = Quantize((Rule("language.layers.2.mlp.down_proj.weight", "int4-g64", "gptaq"), *STATIC.rules))
+    quantize.apply(detector, lambda what, fraction: None, samples)
+    assert set(earlier) <= set(detector.codes)
+    for name in (
+        "vision_encoder.tower.encoder.layer.0.mlp.fc1.weight",
+        "vision_encoder.tower.encoder.layer.2.mlp.fc2.weight",
+        "mask_encoder.trunk.blocks.4.mlp.proj_out.weight",
+    ):
+        largest = max(float(x.abs().max()) for x in plain_inputs(detector, samples, name))
+        assert detector.codes[name].input_scale == pytest.approx(largest / 127, rel=0.01), name
+
+
 def test_balanced_tokens_count_as_the_kinds_say(samples: Samples) -> None:
     detector = fresh()
     prompt = detector.config.prompt

@@ -101,6 +101,7 @@ def test_llm_int8_is_counted_as_both_its_products(tmp_path: Path) -> None:
     work = count_file(path, {"x": (5, 64)}, ["y"])
     assert work.operations == {"int8": 2 * 5 * 64 * 8, "fp32": 2 * 5 * 64 * 8}
     assert work.weight_bytes["int8"] == 8 * 64
+    assert work.attention == 0
 
 
 def test_calls_add_up() -> None:
@@ -155,7 +156,7 @@ def test_quantized_stages_do_the_same_operations_in_other_formats(int8_build: Pa
     assert eight.total == pytest.approx(full.total)
     assert eight.attention == full.attention
     assert set(eight.operations) == {"fp32", "int8"}
-    assert eight.least_bytes < 0.4 * full.least_bytes
+    assert eight.least_bytes < 0.5 * full.least_bytes  # a feed-forward net of four stays in float
 
 
 def test_the_floor_is_what_takes_longer() -> None:

@@ -1,4 +1,4 @@
-"""The two forms of bitsandbytes, as graphs that any runtime reads and that torch runs with bitsandbytes itself.
+"""The two forms of bitsandbytes, as graphs that onnxruntime reads and that torch runs with bitsandbytes itself.
 
 matmul_bnb4   onnxruntime's product of NF4 codes (QLoRA; Dettmers et al. 2023), two in a byte, the first in the upper
               half; scale [out * groups]
@@ -27,7 +27,6 @@ THRESHOLD = 6.0
 _SMALLEST_SCALE = 1e-30
 
 _NF4_TYPE = 1  # of the operator's attribute quant_type
-_FUNCTION_OPSET = 20
 
 
 def write_nf4_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: QuantizedInputs) -> None:
@@ -65,8 +64,8 @@ def write_llm_int8_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: Quan
     replace_layer_(graph, layer, [product], product.outputs[0])
 
 
-def llm_int8_function() -> ir.Function:
-    """What the operator means: x [..., in], codes [in, out] int8, scale [out] → [..., out].
+def llm_int8_function(opset: int) -> ir.Function:
+    """What the operator means: x [..., in], codes [in, out] int8, scale [out] → [..., out]. opset: of the model.
 
     As in bitsandbytes, a token's scale is that of its inputs below the threshold, in whichever column they are.
     """
@@ -98,5 +97,5 @@ def llm_int8_function() -> ir.Function:
     whole = call("MatMul", call("Where", apart, x, zero), weight)
     result = call("Add", coded, whole)
     result.name = "y"
-    body = ir.Graph([x, codes, scale], [result], nodes=nodes, opset_imports={"": _FUNCTION_OPSET}, name=LLM_INT8)
+    body = ir.Graph([x, codes, scale], [result], nodes=nodes, opset_imports={"": opset}, name=LLM_INT8)
     return ir.Function(DOMAIN, LLM_INT8, graph=body, attributes={})

@@ -68,16 +68,17 @@ def fill_weights_(graph: Graph, detector: Detector, encodings: dict[str, str]) -
             inner.initializers[name].const_value = lazy(name, shape, ir.DataType.FLOAT, read)
     if any(node.domain == "com.microsoft" for node in inner):
         graph.model.opset_imports["com.microsoft"] = 1
-    if any(node.domain == bnb.DOMAIN for node in inner):
-        add_own_operators_(graph.model)
     if any("block_size" in node.attributes for node in inner if node.op_type == "DequantizeLinear"):
         graph.model.opset_imports[""] = BLOCKS_OPSET
+    if any(node.domain == bnb.DOMAIN for node in inner):
+        add_own_operators_(graph.model)
     inner.sort()
 
 
 def add_own_operators_(model: ir.Model) -> None:
     """Say in a model what operators of ours mean."""
-    function = bnb.llm_int8_function()
+    # In another opset than its model's, onnx's inliner would leave it as it is.
+    function = bnb.llm_int8_function(model.opset_imports[""])
     model.functions[function.identifier()] = function
     model.opset_imports[bnb.DOMAIN] = 1
 

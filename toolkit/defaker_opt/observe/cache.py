@@ -135,7 +135,7 @@ def _statistics(arrays: Mapping[str, np.ndarray], index: int) -> Statistics:
 def _decoded_digest(weight: QuantizedWeight) -> str:
     """Of all that decides what codes decode to; ranges of activations do not, as calibration leaves those float."""
     parts = (weight.codes, weight.scale, weight.zero, weight.input_factor)
-    return _hash(["" if part is None else _digest(part) for part in parts])
+    return _hash([weight.scheme.number, *("" if part is None else _digest(part) for part in parts)])
 
 
 def _digest(array: np.ndarray) -> str:

@@ -79,13 +79,20 @@ class Line:
     def through(
         self, block: nn.Module, place: str, watched: Mapping[str, nn.Module], coded: Mapping[str, QuantizedWeight]
     ) -> Iterator[tuple[State, Seen, Seen]]:
-        """Move each call through a block that has codes, with what its layers are given on the way."""
+        """Move each call through a block that has codes, with what its layers are given on the way.
+
+        Calls of the detector as it was move too, unseen.
+        """
         states = self._arrive_before()
         self._fill(block, place, dataclasses.replace(self.detectors[0], codes=dict(coded)))
         for state in states[0]:
             with recorded(watched) as seen:
                 state.hidden = _run(block, state)
             yield state, seen, {}
+        if len(states) == 2:
+            self._fill(block, place, self.detectors[1])
+            for state in states[1]:
+                state.hidden = _run(block, state)
         self.behind = []
 
     def _arrive_before(self) -> list[list[State]]:

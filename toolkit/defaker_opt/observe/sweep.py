@@ -101,8 +101,7 @@ class Sweep:
     def _block(self, place: str, block: nn.Module, line: Line) -> Iterator[Group]:
         """Show the layers of a block."""
         layers = {f"{place}.{n}.weight": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        alone = len(self.detectors) == 1 and any(self.needs.get(layer) for layer in layers)
-        coded = self.foregone(layers) if alone else None
+        coded = self.foregone(layers) if any(self.needs.get(layer) for layer in layers) else None
 
         def see(collector: Collector) -> None:
             watched = {layer: layers[layer] for layer in collector.needs}

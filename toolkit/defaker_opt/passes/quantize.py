@@ -235,7 +235,8 @@ class Chooser:
             return None
         done = self.detector.codes
         self.early.update({name: self._codes(name, NOTHING_SEEN) for name in coded if name not in done})
-        return {name: done[name] if name in done else self.early[name] for name in coded}
+        # Codes of an earlier pass stay, also of layers that this one leaves alone.
+        return {**{name: done[name] for name in layers if name in done}, **self.early}
 
     def codes(self, name: str, seen: Statistics) -> QuantizedWeight:
         """Codes of a layer when its inputs have been seen."""

@@ -50,7 +50,7 @@ def looking_cost(
     counts = stage_counts(config, load)
     # The picture's tiles are encoded once here, whatever is asked.
     operations = {name: counts[name].total / (load.readings if name == "vision_encoder" else 1) for name in stages}
-    runs = {name: images * (3 if shifted else _block_runs(name, needs)) for name in stages}
+    runs = {name: images * (_block_runs(name, needs) + shifted) for name in stages}
     shapes = {name: shape for stage in stages for name, shape in linear_weights(config, stage).items()}
     factored = sum(
         columns**3 + 2 * columns**2 * rows
@@ -75,10 +75,7 @@ def looking_cost(
 
 
 def _block_runs(stage: str, needs: Mapping[str, Collection[Need]]) -> int:
-    """A block runs to be observed and with its codes, at once if those do not depend on what is seen.
-
-    With "shift" it also runs as it was, and never at once.
-    """
+    """A block runs to be observed and with its codes, at once if those do not depend on what is seen."""
     asked = [set(wanted) for name, wanted in needs.items() if name.startswith(f"{stage}.")]
     return 2 if any(not wanted <= _RANGES for wanted in asked) else 1
 

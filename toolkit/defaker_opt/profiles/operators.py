@@ -29,6 +29,8 @@ _PRODUCT_KINDS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulInteger",
 _PRODUCT_KINDS |= {"MatMulBnb4", "DynamicQuantizeMatMul", "Conv", "FusedConv", "ConvTranspose", "Einsum"}
 # Nodes that onnxruntime put in by itself carry no module.
 ADDED = "added by the runtime"
+# How onnxruntime calls the nodes of our own operator, without a word of the layer that it is in.
+_INLINED = "_inlfunc_LlmInt8"
 # Of the search for what tracing adds: a millisecond is then known to a billionth.
 _HALVINGS = 40
 
@@ -123,6 +125,8 @@ def _tracing(medians: NDArray[np.float64], counts: NDArray[np.int64], stage_ms: 
 
 def module_of(name: str, stage: str) -> str:
     """The source's module of a node: `<module>/<operator>_<number>`, or a weight's name with a suffix."""
+    if name.startswith(_INLINED):
+        return f"{stage} (all LLM.int8() products)"
     if not name.startswith(stage):
         return f"{stage} ({ADDED})"
     path = name.partition("/")[0]

@@ -79,13 +79,15 @@ def count_work(model: onnx.ModelProto, inputs: Mapping[str, Shape], outputs: Seq
     weights: dict[str, float] = {}
     attention = traffic = 0.0
     seen: set[str] = set()
+    decoded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in initial}
     for node in _needed(graph, outputs):
         traffic += sum(sizes[name][1] for name in (*node.input, *node.output) if name in sizes)
         count = _operations(node, sizes)
         if count:
             kind = _FORMATS.get(node.doc_string or node.op_type, "fp32")
             operations[kind] = operations.get(kind, 0.0) + count
-            attention += 0 if any(name in initial or name.endswith(".codes") for name in node.input[:2]) else count
+            weighted = any(name in initial or name in decoded or name.endswith(".codes") for name in node.input[:2])
+            attention += 0 if weighted else count
         for name in node.input:
             if name in initial and name not in seen:
                 seen.add(name)
@@ -108,6 +110,7 @@ def _sized(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> onnx.GraphPro
     """A copy of the graph with every size known, as far as the inputs' sizes decide it."""
     # An operator of ours is counted as what it means.
     copy = onnx.inliner.inline_local_functions(model)
+    assert not copy.functions, "functions of another opset than their model's stay as they are"
     for value in copy.graph.input:
         for size, known in zip(value.type.tensor_type.shape.dim, inputs.get(value.name, ())):
             size.Clear()

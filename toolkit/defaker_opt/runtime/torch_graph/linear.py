@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from defaker_opt.runtime.torch_graph.bitsandbytes import LLM_INT8, NF4, OUTLIER_LINEAR
+from defaker_opt.runtime.torch_graph.bitsandbytes import LLM_INT8, NF4_PRODUCT, OUTLIER_LINEAR
 from defaker_opt.runtime.torch_graph.graph import Graph, Node, Rewrite
 from defaker_opt.runtime.torch_graph.products import pack_int4
 
@@ -72,7 +72,7 @@ def block_linear(graph: Graph, node: Node) -> Rewrite | None:
 
 def nf4_linear(graph: Graph, node: Node) -> Rewrite | None:
     """onnxruntime's product of NF4 codes → bitsandbytes' one."""
-    if node.operator != NF4:
+    if node.operator != NF4_PRODUCT:
         return None
     x, packed, scale = node.inputs
     rows, block = node.attributes["N"], node.attributes["block_size"]

@@ -38,7 +38,7 @@ TABLE = MappingProxyType(
 _SMALL = 4096
 
 # Known in a file, and replaced before anything runs.
-_WRITTEN = (bitsandbytes.NF4, bitsandbytes.LLM_INT8)
+_WRITTEN = (bitsandbytes.NF4_PRODUCT, bitsandbytes.LLM_INT8)
 
 _MASK = 3  # of attention's inputs
 
