@@ -24,12 +24,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# ModelOpt takes most of a minute for each; the first has what the second has, and more.
+# ModelOpt takes most of a minute for each.
 MODELOPT_RECIPES = ("modelopt-int4", "modelopt-int8", "modelopt-fp8")
-MODELOPT_PARAMS = [
-    MODELOPT_RECIPES[0],
-    *(pytest.param(name, marks=pytest.mark.ci) for name in MODELOPT_RECIPES[1:]),
-]
+MODELOPT_PARAMS = [pytest.param(name, marks=pytest.mark.ci) for name in MODELOPT_RECIPES]
 
 # Files that take minutes. They begin first, or one worker would still be busy with them when all others have finished.
 _LONGEST = ("test_training", "test_engines", "test_convert_memory")
