@@ -20,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from defaker_opt.errors import BuildError
-from defaker_opt.graph.bitsandbytes import THRESHOLD, llm_int8_function, pack_nf4, unpack_nf4
+from defaker_opt.graph.bitsandbytes import llm_int8_function, pack_nf4, unpack_nf4
 from defaker_opt.graph.product import write_product
 from defaker_opt.graph.write import decoded_weights
 from defaker_opt.methods import NF4, QuantizedWeight, parse_scheme
@@ -65,9 +65,9 @@ def hard_inputs(tokens: int, columns: int) -> np.ndarray:
     """Some columns with large inputs, inputs at the threshold, and a token of zeros."""
     x = np.random.default_rng(4).standard_normal((tokens, columns)).astype(np.float32)
     x[:, 7] *= 20
-    x[tokens // 2, 11] = THRESHOLD
-    x[tokens // 3, 13] = -THRESHOLD
-    x[0, 17] = np.nextafter(np.float32(THRESHOLD), np.float32(0))
+    x[tokens // 2, 11] = ours.THRESHOLD
+    x[tokens // 3, 13] = -ours.THRESHOLD
+    x[0, 17] = np.nextafter(np.float32(ours.THRESHOLD), np.float32(0))
     x[-1] = 0
     return x
 
@@ -139,7 +139,7 @@ def test_llm_int8_keeps_columns_with_large_inputs(tokens: int, tmp_path: Path) -
     x = hard_inputs(tokens, 96)
     if tokens == 1:
         x[0, 20] = 50.0
-    expected = llm_int8_plain(x, codes.codes, codes.scale[:, 0], THRESHOLD)
+    expected = llm_int8_plain(x, codes.codes, codes.scale[:, 0], ours.THRESHOLD)
     # Theirs divides by 16129 rounded to five digits.
     for stage, tolerance in zip(both(path, spec), (1e-5, 5e-5)):
         got = np.asarray(stage({"x": x}, ("y",))["y"])

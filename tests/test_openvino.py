@@ -138,11 +138,11 @@ def test_a_result_outlives_the_next_call(made: dict[str, Path]) -> None:
 def test_operators_are_named_after_modules(made: dict[str, Path]) -> None:
     build = open_build(made["int8-static"])
     calls = list(record_calls(build, Image.fromarray(sample_image()), gate=0.0))
-    stages = {stage.stage: stage for stage in measure_operators(open_session(build), calls, repeat=3)}
+    stages = {stage.stage: stage for stage in measure_operators(open_session(build), calls, repeat=15)}
     assert set(stages) == {"vision_encoder", "language", "mask_encoder", "mask_decoder"}
     modules = {operator.module for operator in stages["vision_encoder"].operators}
     assert any(module.endswith("mlp.fc1") for module in modules)
-    assert all(stage.covered > 0 for stage in stages.values())  # how much is a matter of what else runs
+    assert all(0.3 < stage.covered <= 1.0 for stage in stages.values())
 
 
 def test_the_command_line_runs_a_build(made: dict[str, Path], tmp_path: Path) -> None:

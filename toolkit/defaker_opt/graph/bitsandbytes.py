@@ -16,12 +16,9 @@ import onnx_ir as ir
 
 from defaker_opt.graph.layers import Layer, replace_layer_
 from defaker_opt.graph.tensors import Codes, QuantizedInputs, add_tensor_, codes_and_scale
+from defaker_opt.runtime.torch_graph.bitsandbytes import LLM_INT8, NF4_PRODUCT, THRESHOLD
 
 DOMAIN = "defaker_opt"
-LLM_INT8 = "LlmInt8"
-
-# Inputs of this size or more stay float (section 3.2 of the paper; bitsandbytes' default too).
-THRESHOLD = 6.0
 
 # A token of zeros gets this scale instead of 0, and stays zero.
 _SMALLEST_SCALE = 1e-30
@@ -41,7 +38,7 @@ def write_nf4_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: Quantized
         graph, f"{layer.name}.scale", (rows * columns // size,), ir.DataType.FLOAT, lambda: codes().scale.reshape(-1)
     )
     attributes = {"K": columns, "N": rows, "block_size": size, "quant_type": _NF4_TYPE}
-    product = ir.node("MatMulBnb4", [layer.x, weight, scale], attributes, domain="com.microsoft", name=layer.name)
+    product = ir.node(NF4_PRODUCT, [layer.x, weight, scale], attributes, domain="com.microsoft", name=layer.name)
     replace_layer_(graph, layer, [product], product.outputs[0])
 
 

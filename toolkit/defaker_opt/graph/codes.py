@@ -66,17 +66,19 @@ def fill_weights_(graph: Graph, detector: Detector, encodings: dict[str, str]) -
         if name in inner.initializers:
             read = functools.partial(_read_array, detector, name)
             inner.initializers[name].const_value = lazy(name, shape, ir.DataType.FLOAT, read)
-    if any(node.domain == "com.microsoft" for node in inner):
-        graph.model.opset_imports["com.microsoft"] = 1
     if any("block_size" in node.attributes for node in inner if node.op_type == "DequantizeLinear"):
         graph.model.opset_imports[""] = BLOCKS_OPSET
-    if any(node.domain == bnb.DOMAIN for node in inner):
-        add_own_operators_(graph.model)
+    declare_domains_(graph.model)
     inner.sort()
 
 
-def add_own_operators_(model: ir.Model) -> None:
-    """Say in a model what operators of ours mean."""
+def declare_domains_(model: ir.Model) -> None:
+    """Say in a model whose operators it has besides ONNX's, and what ours mean; its own opset is settled before."""
+    domains = {node.domain for node in model.graph}
+    if "com.microsoft" in domains:
+        model.opset_imports["com.microsoft"] = 1
+    if bnb.DOMAIN not in domains:
+        return
     # In another opset than its model's, onnx's inliner would leave it as it is.
     function = bnb.llm_int8_function(model.opset_imports[""])
     model.functions[function.identifier()] = function

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from defaker_opt.graph.bitsandbytes import DOMAIN
-from defaker_opt.graph.codes import WRITERS, add_own_operators_
+from defaker_opt.graph.codes import WRITERS, declare_domains_
 from defaker_opt.graph.layers import layers_of
 from defaker_opt.methods import Array, QuantizedWeight
 from defaker_opt.runtime.spec import StageSpec, TensorSpec
@@ -42,12 +41,9 @@ def write_product(path: Path, weight: Array, codes: QuantizedWeight | None, enco
         chosen = codes
         [layer] = layers_of(graph, _WEIGHT)
         WRITERS[encodings[chosen.scheme.kind]](graph, layer, lambda: chosen, {})
-        if any(node.domain == "com.microsoft" for node in graph):
-            graph.opset_imports["com.microsoft"] = 1
         graph.sort()
     model = ir.Model(graph, ir_version=10)
-    if any(node.domain == DOMAIN for node in graph):
-        add_own_operators_(model)
+    declare_domains_(model)
     ir.save(model, path)
     return StageSpec(
         "product",

@@ -46,7 +46,7 @@ _LARGEST_BYTES = 128 << 20
 _CACHE_BYTES = 2 << 30
 
 # Of the layers of a block while it is looked at, None for its original weights.
-Codes = Mapping[str, QuantizedWeight] | None
+Coded = Mapping[str, QuantizedWeight] | None
 
 _ARRAYS = ("hessian", "shift", "mean_abs", "largest", "histogram")
 
@@ -65,7 +65,7 @@ class StatisticsCache:
             self.weights[stage] = _hash([self.weights.get(stage, ""), name, _decoded_digest(codes[name])])
 
     def read(
-        self, stage: str, needs: Mapping[str, Collection[Need]], coded: Codes = None
+        self, stage: str, needs: Mapping[str, Collection[Need]], coded: Coded = None
     ) -> dict[str, Statistics] | None:
         """Of all these layers, None if they were not kept or the file is damaged. coded: see `Sweep`."""
         path = self._path(stage, needs, coded)
@@ -80,7 +80,7 @@ class StatisticsCache:
         return {str(name): owners[owner] for name, owner in zip(arrays["names"], arrays["owners"], strict=True)}
 
     def keep(
-        self, stage: str, needs: Mapping[str, Collection[Need]], found: Mapping[str, Statistics], coded: Codes = None
+        self, stage: str, needs: Mapping[str, Collection[Need]], found: Mapping[str, Statistics], coded: Coded = None
     ) -> None:
         """Write what was found of these layers, unless it is too much or there is no room."""
         owners = list({id(seen): seen for seen in found.values()}.values())
@@ -101,7 +101,7 @@ class StatisticsCache:
         keep_digested(self._path(stage, needs, coded), content.getvalue())
         _empty(self.folder)
 
-    def _path(self, stage: str, needs: Mapping[str, Collection[Need]], coded: Codes) -> Path:
+    def _path(self, stage: str, needs: Mapping[str, Collection[Need]], coded: Coded) -> Path:
         before = {each: self.weights.get(each, "") for each in _all_feeds(stage)}
         asked = {name: sorted(wanted) for name, wanted in needs.items()}
         around = None if coded is None else {name: _decoded_digest(weight) for name, weight in coded.items()}

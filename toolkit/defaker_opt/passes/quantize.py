@@ -234,18 +234,22 @@ class Chooser:
         if any(self.rules[name].chooser().NEEDS for name in coded):
             return None
         done = self.detector.codes
-        self.early.update({name: self._codes(name, NOTHING_SEEN) for name in coded if name not in done})
+        fresh = [name for name in coded if name not in done]
+        self.early.update(
+            {n: self.rules[n].chooser().quantize(self._original(n), self.schemes[n], NOTHING_SEEN) for n in fresh}
+        )
         # Codes of an earlier pass stay, also of layers that this one leaves alone.
         return {**{name: done[name] for name in layers if name in done}, **self.early}
 
     def codes(self, name: str, seen: Statistics) -> QuantizedWeight:
         """Codes of a layer when its inputs have been seen."""
-        chosen = self.early.pop(name) if name in self.early else self._codes(name, seen)
-        return self.rules[name].with_range(chosen, seen)
+        if name in self.early:
+            return self.rules[name].with_range(self.early.pop(name), seen)
+        return self.rules[name].codes(self._original(name), self.schemes[name], seen)
 
-    def _codes(self, name: str, seen: Statistics) -> QuantizedWeight:
-        original = dataclasses.replace(self.detector, codes={}).read(name).numpy()
-        return self.rules[name].chooser().quantize(original, self.schemes[name], seen)
+    def _original(self, name: str) -> Array:
+        weight: Array = dataclasses.replace(self.detector, codes={}).read(name).numpy()
+        return weight
 
 
 def _all_linear(config: DetectorConfig) -> Mapping[str, tuple[int, ...]]:

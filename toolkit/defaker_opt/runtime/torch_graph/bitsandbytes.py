@@ -22,8 +22,8 @@ from defaker_opt.runtime.torch_graph.products import scale_and_shift
 # picture, and so do sizes within it: it cannot be part of a CUDA graph.
 NF4_PRODUCT, LLM_INT8, OUTLIER_LINEAR = "MatMulBnb4", "LlmInt8", "OutlierLinear"
 
-# As in `graph/bitsandbytes.py`.
-_THRESHOLD = 6.0
+# Inputs of this size or more stay float (Dettmers et al. 2022, section 3.2; bitsandbytes' default too).
+THRESHOLD = 6.0
 
 
 def require_library(graph: Graph) -> None:
@@ -74,7 +74,7 @@ def outlier_linear(
     library = torch.ops.bitsandbytes
     rows = narrowed(x, torch.float16 if x.is_cuda else torch.float32).reshape(-1, x.shape[-1]).contiguous()
     # It divides by the largest number of a token; one of zeros would become codes that mean nothing, times zero.
-    given, row_largest, columns = library.int8_vectorwise_quant(rows, _THRESHOLD)
+    given, row_largest, columns = library.int8_vectorwise_quant(rows, THRESHOLD)
     product, _ = library.int8_mixed_scaled_mm(rows, given, codes, row_largest, largest, columns, None)
     return scale_and_shift(product, None, bias).to(attributes["compute"]).reshape(*x.shape[:-1], -1)
 
