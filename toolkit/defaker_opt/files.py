@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from defaker_opt.errors import DefakerError, write_failure
 from defaker_opt.runtime.build import json_text
@@ -54,15 +54,31 @@ def held(work: Path, busy: DefakerError) -> Iterator[None]:
     """Hold the folder for unfinished work. Raises `busy` if another process does."""
     work.parent.mkdir(parents=True, exist_ok=True)
     lock = work.with_name(f"{work.name}.lock")
-    with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise busy from error
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(lock.open("w"))
+        _lock(stream, busy)
+        while not _is_at(lock, stream):  # opened just before its last holder took it away: another may lock a new one
+            stream = stack.enter_context(lock.open("w"))
+            _lock(stream, busy)
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _lock(stream: IO[str], busy: DefakerError) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise busy from error
+
+
+def _is_at(path: Path, stream: IO[str]) -> bool:
+    """Whether the open file still has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def move_folder(new: Path, place: Path) -> None:
