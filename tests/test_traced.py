@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,22 @@ def test_what_decides_the_graph_decides_the_file(
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"another {name}")
     traced_stage(detector, STAGE)
     assert traces == [STAGE] * 5
+
+
+def test_what_was_not_used_for_longest_goes(traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, folder = load_detector("reference"), tmp_path / "cache" / "graphs"
+    traced_stage(detector, STAGE)
+    [first] = folder.iterdir()
+    monkeypatch.setattr(traced, "_CACHE_BYTES", 2 * first.stat().st_size + 1000)
+    for number in range(4):
+        with monkeypatch.context() as other:
+            other.setattr(traced, "code_digest", lambda number=number: f"code {number}")
+            traced_stage(detector, STAGE)
+        for kept in folder.iterdir():  # clocks of file systems may tick slowly
+            os.utime(kept, (number, number))
+        traced_stage(detector, STAGE)
+    assert traces == [STAGE] * 5, "the first was used all the time"
+    assert first.exists() and len(list(folder.iterdir())) == 2
 
 
 def test_without_a_home_nothing_is_kept(traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,15 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def keep_digested(path: Path, content: bytes) -> None:
-    """Write a file of a cache, its SHA-256 first. Where there is no room for it, it is done without."""
+def keep_digested(path: Path, content: bytes, most_bytes: int) -> None:
+    """Write a file of a cache, its SHA-256 first. Where there is no room for it, it is done without.
+
+    most_bytes: beyond it the folder's files of this kind (ending) that were not used for longest go.
+    """
     with contextlib.suppress(DefakerError), whole_file(path) as partial:
         partial.write_bytes(hashlib.sha256(content).digest() + content)
+    with contextlib.suppress(OSError):
+        _empty(path.parent, path.suffix, most_bytes)
 
 
 def read_digested(path: Path) -> bytes | None:
@@ -46,7 +51,21 @@ def read_digested(path: Path) -> bytes | None:
     except OSError:
         return None
     digest, content = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
-    return content if hashlib.sha256(content).digest() == digest else None
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return content
+
+
+def _empty(folder: Path, suffix: str, most_bytes: int) -> None:
+    """Remove what was not used for longest, until the rest is small enough. Others may do so at the same time."""
+    files = sorted(((path.stat(), path) for path in folder.glob(f"*{suffix}")), key=lambda each: -each[0].st_mtime)
+    total = 0
+    for facts, path in files:
+        total += facts.st_size
+        if total > most_bytes:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -109,7 +128,7 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 def default_cache_folder() -> Path:
     """Where sets of pictures, rows, references, graphs, statistics and sensitivities are kept: DEFAKER_CACHE_DIR, or
-    the user's cache folder. Nothing but old statistics is ever removed. Raises DefakerError if there is neither.
+    the user's cache folder. Only old statistics and graphs are ever removed. Raises DefakerError if there is neither.
     """
     chosen = os.environ.get("DEFAKER_CACHE_DIR")
     if chosen:

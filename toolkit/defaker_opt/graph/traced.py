@@ -18,6 +18,9 @@ from defaker_opt.files import default_cache_folder, keep_digested, read_digested
 from defaker_opt.graph import Graph
 from defaker_opt.graph.export import export_stage
 
+# Beyond it the files that were not used for longest go; a stage takes 40 to 280 kB.
+_CACHE_BYTES = 64 << 20
+
 # What has a say in what is traced.
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
@@ -34,7 +37,7 @@ def traced_stage(detector: Detector, stage: str) -> Graph:
     if kept is None:
         kept = _as_proto(export_stage(detector, stage).model, names)
         if path:
-            keep_digested(path, kept.SerializeToString())
+            keep_digested(path, kept.SerializeToString(), _CACHE_BYTES)
     return Graph(detector.spec(stage), _from_proto(kept, names))
 
 

@@ -7,13 +7,11 @@ in common: `int8-static` for another target finds everything.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import io
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -74,8 +72,6 @@ class StatisticsCache:
             return None
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = dict(file)
-        with contextlib.suppress(OSError):
-            os.utime(path)
         owners = [_statistics(arrays, index) for index in range(len(arrays["tokens"]))]
         return {str(name): owners[owner] for name, owner in zip(arrays["names"], arrays["owners"], strict=True)}
 
@@ -98,8 +94,7 @@ class StatisticsCache:
         arrays["owners"] = np.array([index_of[id(seen)] for seen in found.values()])
         content = io.BytesIO()
         np.savez(content, **arrays)
-        keep_digested(self._path(stage, needs, coded), content.getvalue())
-        _empty(self.folder)
+        keep_digested(self._path(stage, needs, coded), content.getvalue(), _CACHE_BYTES)
 
     def _path(self, stage: str, needs: Mapping[str, Collection[Need]], coded: Coded) -> Path:
         before = {each: self.weights.get(each, "") for each in _all_feeds(stage)}
@@ -145,16 +140,3 @@ def _digest(array: np.ndarray) -> str:
 
 def _hash(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _empty(folder: Path) -> None:
-    """Remove what was not used for longest, until the rest is small enough. Others may do so at the same time."""
-    with contextlib.suppress(OSError):
-        files = sorted(
-            ((path.stat(), path) for path in folder.glob("*.statistics")), key=lambda each: -each[0].st_mtime
-        )
-        total = 0
-        for facts, path in files:
-            total += facts.st_size
-            if total > _CACHE_BYTES:
-                path.unlink(missing_ok=True)
