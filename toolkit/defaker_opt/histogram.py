@@ -25,8 +25,9 @@ EDGES: Doubles = np.append((_OCTAVES[:, None] * _WITHIN).reshape(-1), 2.0**_HIGH
 CENTRES: Doubles = (EDGES[:-1] + EDGES[1:]) / 2
 BINS = len(CENTRES)
 
-# A float32 without its sign, shifted so that the exponent and 6 bits of the fraction remain, counts bins from 0.
+# A float32, shifted so that the exponent and 6 bits of the fraction remain, and without its sign, counts bins from 0.
 FRACTION_SHIFT = 23 - 6
+WITHOUT_SIGN = (1 << (31 - FRACTION_SHIFT)) - 1
 FIRST_BIN = (_LOWEST + 127) << 6
 
 # What `mse` and `entropy` are about: whole numbers of 8 bits.

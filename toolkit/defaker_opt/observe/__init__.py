@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from defaker_opt.errors import PassError
-from defaker_opt.histogram import BINS, FIRST_BIN, FRACTION_SHIFT
+from defaker_opt.histogram import BINS, FIRST_BIN, FRACTION_SHIFT, WITHOUT_SIGN
 from defaker_opt.methods import Need, Statistics
 
 # Layers by their full names.
@@ -69,8 +69,12 @@ def _sum(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
 
 def _magnitudes(x: torch.Tensor) -> torch.Tensor:
     """How many numbers of x fall into each bin; what is smaller or larger than all goes into the outermost."""
-    bits = x.float().abs().reshape(-1).view(torch.int32)
-    return torch.bincount(((bits >> FRACTION_SHIFT) - FIRST_BIN).clamp_(0, BINS - 1), minlength=BINS)
+    bits = x.float().reshape(-1).view(torch.int32)
+    counts = torch.bincount((bits >> FRACTION_SHIFT) & WITHOUT_SIGN, minlength=WITHOUT_SIGN + 1)
+    within = counts[FIRST_BIN : FIRST_BIN + BINS].clone()
+    within[0] += counts[:FIRST_BIN].sum()
+    within[-1] += counts[FIRST_BIN + BINS :].sum()
+    return within
 
 
 @dataclass
