@@ -87,6 +87,7 @@ def search(wish: Wish, output: Path, replace: bool, progress: Progress) -> Found
     cache, work = wish.request.cache, output.with_name(f".{output.name}.search.partial")
     busy = BuildError(f"{work}: another process is searching for this build; wait, or choose another --output")
     with held(work, busy):
+        _refuse_existing(output, replace)  # another process may have finished it meanwhile
         samples = load_samples(wish.calibration, cache, part_of(progress, 0.0, 0.02))
         seen = see(detector, samples, wish.target, cache, part_of(progress, 0.02, 0.25))
         reference = open_reference(wish.source, cache, part_of(progress, 0.27, 0.05))
@@ -154,11 +155,7 @@ def _corrected(ledger: Ledger, formats: Formats, measured: Cost) -> Ledger:
 
 def _checked(wish: Wish, output: Path, replace: bool) -> Detector:
     """Everything that can be refused before work begins."""
-    for place in (output, search_folder(output)):
-        if place.exists() and not replace:
-            raise BuildError(f"{place}: already there; choose another --output, or replace it with --replace")
-        if place.exists() and not ((place / MANIFEST).is_file() or (place / f"{NAME}.yaml").is_file()):
-            raise BuildError(f"{place}: already there and not ours, so it is left alone; choose another --output")
+    _refuse_existing(output, replace)
     if wish.target.backend != _BACKEND:
         raise DefakerError(
             f"--recipe {NAME}: products of target {wish.target.name} ({wish.target.backend}) cannot be timed one by "
@@ -167,6 +164,14 @@ def _checked(wish: Wish, output: Path, replace: bool) -> Detector:
     detector = load_detector(wish.source)
     require_prompt(detector, wish.source)
     return detector
+
+
+def _refuse_existing(output: Path, replace: bool) -> None:
+    for place in (output, search_folder(output)):
+        if place.exists() and not replace:
+            raise BuildError(f"{place}: already there; choose another --output, or replace it with --replace")
+        if place.exists() and not ((place / MANIFEST).is_file() or (place / f"{NAME}.yaml").is_file()):
+            raise BuildError(f"{place}: already there and not ours, so it is left alone; choose another --output")
 
 
 def _gentler(ledger: Ledger, trial: Trial, budget: Budget) -> Formats | None:
