@@ -36,6 +36,7 @@ from peer_quantizers import MODELOPT_PACKAGE, NNCF_PACKAGES, Tensors, ours, stag
 from rich.console import Console
 from rich.table import Table
 
+from defaker_opt.cli.progress import progress_bar
 from defaker_opt.detector import Detector, load_detector, write_source
 from defaker_opt.errors import BuildError
 from defaker_opt.files import default_cache_folder
@@ -86,8 +87,10 @@ def made(name: str, source: str, stage: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--make", name, "--source", source, "--stages", stage, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - ourselves
     if done.returncode:
-        lines = [f"ended with {done.returncode}", *filter(str.strip, done.stderr.splitlines())]
-        return {"failed": next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]}
+        # What is killed, for memory as a rule, leaves no error; its last words would be beside the point.
+        why = [line for line in done.stderr.splitlines() if "Error" in line and done.returncode > 0]
+        text = ": ".join([f"ended with {done.returncode}", *why[-1:]])
+        return {"failed": text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     # A peer with an environment of its own speaks for itself.
     own = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("made ")]
@@ -211,7 +214,8 @@ def main() -> None:
     if given.quick:
         given.pictures, given.rounds = 8, 7
     # Peers are given files too; weights that are drawn anew at each reading would be timed as if they took reading.
-    write_source(given.source, lambda done, total: None)
+    with progress_bar() as report:
+        write_source(given.source, lambda done, total: report("draw weights", done / total))
     detector = load_detector(given.source)
     results = {}
     for stage in given.stages:

@@ -60,5 +60,4 @@ def test_whoever_locked_the_new_file_first_has_the_folder(tmp_path: Path, monkey
     with pytest.raises(DefakerError, match="another process"), held(work, BUSY):
         pass
     assert lock.exists()
-
     rivals[0].close()

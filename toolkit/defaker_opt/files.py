@@ -74,22 +74,18 @@ def held(work: Path, busy: DefakerError) -> Iterator[None]:
     work.parent.mkdir(parents=True, exist_ok=True)
     lock = work.with_name(f"{work.name}.lock")
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(lock.open("w"))
-        _lock(stream, busy)
-        while not _is_at(lock, stream):  # opened just before its last holder took it away: another may lock a new one
+        while True:
             stream = stack.enter_context(lock.open("w"))
-            _lock(stream, busy)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise busy from error
+            if _is_at(lock, stream):
+                break  # otherwise its last holder took it away after it was opened, and another may lock a new one
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
-
-
-def _lock(stream: IO[str], busy: DefakerError) -> None:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise busy from error
 
 
 def _is_at(path: Path, stream: IO[str]) -> bool:
