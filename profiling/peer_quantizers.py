@@ -30,17 +30,18 @@ from safetensors.torch import save_file
 from defaker_opt.detector import Detector, linear_weights, load_detector, parameter_shapes, source_folder
 from defaker_opt.files import default_cache_folder, write_json
 from defaker_opt.gptq_folder.model import LAYERS, model_config, model_name
-from defaker_opt.graph.codes import fill_weights_
 from defaker_opt.graph.traced import traced_stage
 from defaker_opt.graph.write import write_graph
 from defaker_opt.methods import parse_scheme
 from defaker_opt.observe.inputs import StageInput, calibration_inputs
 from defaker_opt.observe.sweep import Sweep
+from defaker_opt.passes._scores import operand_needs
 from defaker_opt.passes.quantize import Chooser, Quantize
 from defaker_opt.recipe import load_recipe
 from defaker_opt.runtime.backends.onnx_runtime import OPEN_ERRORS
 from defaker_opt.runtime.build import MANIFEST
 from defaker_opt.samples import EMBEDDED, Samples, load_samples
+from defaker_opt.stage_build import fill_stage_
 from defaker_opt.target import load_target
 
 Tensors = dict[str, np.ndarray]
@@ -190,7 +191,9 @@ def ours(detector: Detector, stage: str, recipe: str, target: str) -> Callable[[
 
     def write(folder: Path, calls: list[Tensors]) -> None:
         coded = Detector(detector.config, detector.weights)
+        attentions = [name for name in quantize.attentions(detector.config) if name.startswith(f"{stage}.")]
         needs = {name: rule.needs() for name, rule in rules.items() if rule.scheme != "float"}
+        needs.update(operand_needs(attentions))
         names = [tensor.name for tensor in detector.spec(stage).inputs]
         given = [StageInput(tuple(torch.from_numpy(call[name]) for name in names)) for call in calls]
         chooser = Chooser(coded, schemes, {name: rules[name] for name in schemes})
@@ -198,7 +201,8 @@ def ours(detector: Detector, stage: str, recipe: str, target: str) -> Callable[[
             for group in Sweep([coded], needs, None, chooser.foregone).walk(stage, lambda: [given]):
                 for name in group.keys() & schemes.keys():
                     coded.codes[name] = chooser.codes(name, group[name])
-        fill_weights_(graph, coded, load_target(target).encodings)
+                quantize.scale_operands_(coded, group)
+        fill_stage_(graph, coded, load_target(target))
         write_graph(graph, folder)
 
     return write

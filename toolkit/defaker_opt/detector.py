@@ -32,6 +32,9 @@ REFERENCE, UNTAUGHT = "reference", "reference:random"
 EMBEDDED = (REFERENCE, UNTAUGHT)
 _SEED = 0
 
+# What attention's first product multiplies; with the module's name before it, the name of such an operand.
+OPERANDS = ("queries", "keys")
+
 
 @dataclass
 class Detector:
@@ -40,6 +43,8 @@ class Detector:
     codes: name of a linear layer's weight → its quantized form, which then stands for that weight everywhere.
     scales: name of a parameter → what its rows and its columns are multiplied by whenever it is read.
     savings: what its graphs leave out; torch leaves out nothing.
+    operand_scales: full name of an attention module → by what its queries and its keys are rounded, to -128…127 times
+    it, in graphs of targets that have such products; torch leaves them float.
     """
 
     config: DetectorConfig
@@ -47,6 +52,7 @@ class Detector:
     codes: MutableMapping[str, QuantizedWeight] = field(default_factory=dict)
     savings: Savings = EVERY_SAVING
     scales: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    operand_scales: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def spec(self, stage: str) -> StageSpec:
         """The contract of one stage."""
@@ -120,6 +126,12 @@ def linear_weights(config: DetectorConfig, stage: str) -> Shapes:
     """Full names and shapes [out, in] of the weights of a stage's linear layers, the only ones that are quantized."""
     modules = empty_stage(config, stage).named_modules()
     return {f"{stage}.{name}.weight": tuple(m.weight.shape) for name, m in modules if isinstance(m, nn.Linear)}
+
+
+@lru_cache(maxsize=16)
+def attention_modules(config: DetectorConfig, stage: str) -> tuple[str, ...]:
+    """Full names of a stage's attentions; transformers' all say whether they are causal."""
+    return tuple(f"{stage}.{n}" for n, m in empty_stage(config, stage).named_modules() if hasattr(m, "is_causal"))
 
 
 def stored_shapes(config: DetectorConfig) -> Shapes:

@@ -127,4 +127,5 @@ def _with_float(each: Quantize, detector: Detector, stages: tuple[str, ...]) -> 
     rules = (*(Rule(f"{stage}.*", "float") for stage in stages), *each.rules)
     names = [name for stage in STAGES for name in linear_weights(detector.config, stage)]
     first = {next((i for i, rule in enumerate(rules) if fnmatchcase(name, rule.match)), None) for name in names}
-    return dataclasses.replace(each, rules=tuple(rule for i, rule in enumerate(rules) if i in first))
+    kept = dataclasses.replace(each, rules=tuple(rule for i, rule in enumerate(rules) if i in first))
+    return kept if kept.attentions(detector.config) else dataclasses.replace(kept, scores=None)

@@ -18,7 +18,7 @@ from defaker_opt.files import read_json_object, write_json
 from defaker_opt.graph import Graph
 from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.codes import fill_weights_
-from defaker_opt.graph.qdq import narrow_attention_
+from defaker_opt.graph.qdq import code_operands_, narrow_attention_
 from defaker_opt.graph.traced import traced_stage
 from defaker_opt.graph.write import check_decoded, write_graph
 from defaker_opt.runtime.build import Build, file_sha256
@@ -84,6 +84,9 @@ def build_stage(detector: Detector, target: Target, stage: str, build: Build, re
 def fill_stage_(graph: Graph, detector: Detector, target: Target) -> None:
     """Give a traced stage its weights and codes in the target's encodings, and its attention the target's type."""
     fill_weights_(graph, detector, target.encodings)
+    scales = {n: s for n, s in detector.operand_scales.items() if n.startswith(f"{graph.spec.name}.")}
+    if target.attention == "int8" and scales:
+        code_operands_(graph.model.graph, scales)
     if target.attention == "float16" and stage_scheme(detector, graph.spec.name) != "float":
         narrow_attention_(graph.model.graph)
 

@@ -83,10 +83,11 @@ class GraphLimits:
 class Target:
     """`encodings` says, for each kind of code the target can run, how it is written; a kind it lacks it cannot run.
 
-    attention: the type of products of two activations, in stages that have codes. `graph` has what the device's parser
-    accepts, if that is less than what is written here; every stage's file is checked against it. `device` has the facts
-    of a kind of machine, for planning; none for "the machine this runs on". A target whose backend is only planned has
-    no encodings, and no builds.
+    attention: the type of products of two activations, in stages that have codes; "int8": of queries and keys, where
+    their ranges were found (`scores` of the pass quantize), and all else as the backend computes. `graph` has what the
+    device's parser accepts, if that is less than what is written here; every stage's file is checked against it.
+    `device` has the facts of a kind of machine, for planning; none for "the machine this runs on". A target whose
+    backend is only planned has no encodings, and no builds.
     """
 
     name: str
@@ -96,7 +97,7 @@ class Target:
     session: SessionOptions = SessionOptions()
     device: Device | None = None
     graph: GraphLimits | None = None
-    attention: Literal["float32", "float16"] = "float32"
+    attention: Literal["float32", "float16", "int8"] = "float32"
 
     def as_json(self) -> dict[str, Any]:
         """The form the manifest keeps: what decides a build's bytes. A corrected fact of a device changes no build."""

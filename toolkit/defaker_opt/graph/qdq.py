@@ -10,7 +10,7 @@ dq_int4     weights only: codes [in, out] int4 and scale [groups, out] float16, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -94,6 +94,33 @@ def write_int4_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: Quantize
 def _tensor(graph: ir.Graph, name: str, shape: tuple[int, int], kind: Any, read: Callable[[], Any]) -> ir.Value:
     dtype = ir.DataType.from_numpy(np.dtype(kind))
     return add_tensor_(graph, name, shape, dtype, lambda: read().astype(kind))
+
+
+def code_operands_(graph: ir.Graph, scales: Mapping[str, tuple[float, float]]) -> None:
+    """Round what attentions' first products multiply. scales: by attention, of its queries and its keys; int8 around 0.
+
+    Raises AssertionError if one of them has no such product in the graph.
+    """
+    zero = constant_(graph, "input_zero", _ZERO["qdq_int8"])
+    found = set()
+    for node in [node for node in graph if node.op_type == "MatMul" and all(map(_is_activation, node.inputs))]:
+        attention = (node.name or "").partition("/")[0]
+        if attention not in scales or any(map(_is_softmax, node.inputs)):
+            continue
+        found.add(attention)
+        for side, scale in enumerate(scales[attention]):
+            name = f"{node.name}.operand_{side}"
+            step = constant_(graph, f"{name}.scale", np.float32(scale))
+            codes = ir.node("QuantizeLinear", [node.inputs[side], step, zero], name=f"{name}.quantize")
+            given = ir.node("DequantizeLinear", [codes.outputs[0], step, zero], name=f"{name}.dequantize")
+            graph.insert_before(node, [codes, given])
+            node.replace_input_with(side, given.outputs[0])
+    assert found == set(scales), f"no product of queries and keys in {sorted(set(scales) - found)[:1]}"
+
+
+def _is_softmax(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "Softmax"
 
 
 def narrow_attention_(graph: ir.Graph) -> None:

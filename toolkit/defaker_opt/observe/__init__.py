@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from defaker_opt.detector import OPERANDS
 from defaker_opt.errors import PassError
 from defaker_opt.histogram import BINS, FIRST_BIN, FRACTION_SHIFT, WITHOUT_SIGN
 from defaker_opt.methods import Need, Statistics
+from defaker_opt.observe.operands import noted_operands
 
-# Layers by their full names.
+# Layers by their full names, and attentions by those of their operands.
 Layers = Mapping[str, nn.Module]
 
 
@@ -122,8 +124,11 @@ class Collector:
 
 @contextmanager
 def recorded(layers: Layers) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """While it is open, every input of the layers is put into the lists it gives."""
+    """While it is open, every input of layers, and operand of attentions, is put into the lists it gives."""
     seen: dict[str, list[torch.Tensor]] = {}
+    attentions = {
+        name.rpartition(".")[0]: module for name, module in layers.items() if name.rpartition(".")[2] in OPERANDS
+    }
 
     def hook(name: str) -> object:
         def note(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
@@ -131,9 +136,19 @@ def recorded(layers: Layers) -> Iterator[dict[str, list[torch.Tensor]]]:
 
         return note
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]  # type: ignore[arg-type]
+    def note_operands(attention: str, *operands: torch.Tensor) -> None:
+        for operand, tensor in zip(OPERANDS, operands, strict=True):
+            if f"{attention}.{operand}" in layers:
+                seen.setdefault(f"{attention}.{operand}", []).append(tensor)
+
+    handles = [
+        layer.register_forward_pre_hook(hook(name))  # type: ignore[arg-type]
+        for name, layer in layers.items()
+        if name.rpartition(".")[0] not in attentions
+    ]
     try:
-        yield seen
+        with noted_operands(attentions, note_operands):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from defaker_opt.detector import Detector, linear_weights
+from defaker_opt.detector import OPERANDS, Detector, linear_weights
 from defaker_opt.methods import NOTHING_SEEN, Need, QuantizedWeight, Statistics
 from defaker_opt.observe import Collector, recorded
 from defaker_opt.observe.cache import StatisticsCache, open_cache
@@ -41,9 +41,10 @@ def observe_layers(
 ) -> Iterator[Group]:
     """Statistics of all linear layers, a group of layers at a time, in the order in which they run.
 
-    needs: by full weight name; a layer that needs nothing, or has codes already, comes with nothing. Before asking for
-    the next group, the caller puts the codes of the last one into the detector, which then stand for them. Statistics
-    that an earlier job has found are taken from the cache, and what only they would need is not run.
+    needs: by full weight name, or that of an operand of an attention (`detector.OPERANDS`), which is shown only if it
+    is asked for; a layer that needs nothing, or has codes already, comes with nothing. Before asking for the next one,
+    the caller puts the codes of the last one into the detector, which then stand for them. Statistics that an earlier
+    job has found are taken from the cache, and what only they would need is not run.
 
     foregone: of the layers of a block; where it has codes, layers are shown what the others of their block make with
     them, otherwise what they made before.
@@ -101,6 +102,8 @@ class Sweep:
     def _block(self, place: str, block: nn.Module, line: Line) -> Iterator[Group]:
         """Show the layers of a block."""
         layers = {f"{place}.{n}.weight": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        operands = {f"{place}.{n}.{operand}": m for n, m in block.named_modules() for operand in OPERANDS}
+        layers.update({name: module for name, module in operands.items() if name in self.needs})
         coded = self.foregone(layers) if any(self.needs.get(layer) for layer in layers) else None
 
         def see(collector: Collector) -> None:

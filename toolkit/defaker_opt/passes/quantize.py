@@ -3,108 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
 
-from defaker_opt.catalog import find_module, module_names
 from defaker_opt.config import DetectorConfig
-from defaker_opt.detector import Detector, linear_weights, parameter_shapes
-from defaker_opt.errors import PassError, one_of
-from defaker_opt.histogram import Clip, input_scale
+from defaker_opt.detector import OPERANDS, Detector, linear_weights, parameter_shapes
+from defaker_opt.errors import PassError
+from defaker_opt.histogram import Clip
 from defaker_opt.methods import (
     NOTHING_SEEN,
     Array,
-    Method,
     Need,
     QuantizedWeight,
     Scheme,
-    SchemeName,
     Statistics,
     parse_scheme,
 )
 from defaker_opt.observe.inputs import Balance
 from defaker_opt.observe.sweep import Foregone, observe_layers
 from defaker_opt.passes import PassResult, Preview
+from defaker_opt.passes._rule import Rule as Rule
+from defaker_opt.passes._scores import coded_attentions, operand_needs, operand_scales
 from defaker_opt.progress import Progress
 from defaker_opt.runtime.spec import STAGES
 from defaker_opt.samples import Samples
-from defaker_opt.strict import Invalid, parse
+from defaker_opt.strict import Invalid
 from defaker_opt.target import Target
-
-
-def _wrong_method(name: str) -> str | None:
-    known = module_names("methods")
-    return None if name in known else one_of(name, known)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`match` is a glob over full weight names, e.g. "language.*"; `method` says how codes are chosen, `options` are
-    its knobs. `clip` says how far static activations reach, "mse" unless given, of FP8 "largest"; other schemes have no
-    use for it.
-    """
-
-    match: str
-    scheme: SchemeName
-    method: str = "round_to_nearest"
-    options: dict[str, Any] = field(default_factory=dict)
-    clip: Clip | None = None
-
-    CHECKS: ClassVar[Mapping[str, Callable[[str], str | None]]] = {"method": _wrong_method}
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        parse(
-            find_module("methods", self.method).METHOD,
-            self.options,
-            "options",
-            lambda where, what: problems.append(f"{where}: {what}"),
-        )
-        if problems:
-            raise Invalid(f"method {self.method}: {'; '.join(problems)}")
-        if self.clip and not self.static:
-            raise Invalid(f"clip: {self.scheme} has no static activations; remove it, or choose the scheme int8-static")
-        if self.clip in ("mse", "entropy") and self.floating:
-            raise Invalid(f"clip: {self.clip} is about steps of one size, {self.scheme} has finer ones; give largest")
-        if self.static and self.chooser().SCALES_INPUTS:
-            raise Invalid(
-                f"method {self.method} scales what a layer is given, so its range is not what was seen; choose another"
-            )
-
-    @property
-    def static(self) -> bool:
-        """Whether layers get an input scale."""
-        scheme = parse_scheme(self.scheme)
-        return scheme is not None and scheme.activations == "static"
-
-    @property
-    def floating(self) -> bool:
-        """Whether codes are numbers of FP8."""
-        scheme = parse_scheme(self.scheme)
-        return scheme is not None and scheme.floating
-
-    def needs(self) -> tuple[Need, ...]:
-        """What must have been seen of a layer."""
-        return (*self.chooser().NEEDS, *(("histogram",) if self.static else ()))
-
-    def codes(self, weight: Array, scheme: Scheme, seen: Statistics) -> QuantizedWeight:
-        """Codes for a weight [out, in], with the input's scale if the scheme has one."""
-        return self.with_range(self.chooser().quantize(weight, scheme, seen), seen)
-
-    def with_range(self, chosen: QuantizedWeight, seen: Statistics) -> QuantizedWeight:
-        """Codes with the input's scale, if their scheme has one."""
-        if not self.static:
-            return chosen
-        assert seen.histogram is not None
-        clip = self.clip or ("largest" if chosen.scheme.floating else "mse")
-        return dataclasses.replace(chosen, input_scale=input_scale(seen.histogram, clip, chosen.scheme.largest_code))
-
-    def chooser(self) -> Method:
-        """The method with its knobs."""
-        method: Method = find_module("methods", self.method).METHOD(**self.options)
-        return method
 
 
 @dataclass(frozen=True)
@@ -112,10 +37,13 @@ class Quantize:
     """Every linear layer must match a rule, and every rule must match a layer.
 
     balance: how tokens of the language stage count where methods look at pictures; all alike if it is not given.
+    scores: how far codes of queries and keys reach, in attentions of which every layer has static activations, on
+    targets with `attention: int8`; elsewhere, and if it is not given, attention's scores are products of floats.
     """
 
     rules: tuple[Rule, ...]
     balance: Balance | None = None
+    scores: Clip | None = None
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -143,6 +71,11 @@ class Quantize:
             for index, rule in enumerate(self.rules)
             if index not in used
         ]
+        if self.scores and not self.attentions(config):
+            problems.append(
+                f"scores: {self.scores}, but no attention has static activations in all its layers; remove it, or give "
+                "those layers the scheme int8-static"
+            )
         if problems:
             raise PassError("quantize:\n  " + "\n  ".join(problems))
         schemes = {name: self._scheme(name, shape) for name, shape in weights.items()}
@@ -166,11 +99,28 @@ class Quantize:
                 # A run that was killed may have left codes behind, which are what they would be now.
                 if name in schemes and name not in detector.codes:
                     detector.codes[name] = chooser.codes(name, seen)
-                done += 1
-                progress(f"quantize {name}", done / len(weights))
+                if name in weights:
+                    done += 1
+                    progress(f"quantize {name}", done / len(weights))
+            self.scale_operands_(detector, group)
         quantized = {name: str(detector.codes[name].scheme) for name in weights if name in detector.codes}
         left = {name: self._why_float(name, shape) for name, shape in weights.items() if name not in quantized}
-        return PassResult({"quantized": quantized, "left_in_float": {**left, **_never_quantized(detector.config)}})
+        notes = {"quantized": quantized, "left_in_float": {**left, **_never_quantized(detector.config)}}
+        scales = {name: list(steps) for name, steps in detector.operand_scales.items()}
+        return PassResult({**notes, **({"operand_scales": scales} if self.scores else {})})
+
+    def attentions(self, config: DetectorConfig) -> tuple[str, ...]:
+        """Those that get ranges for queries and keys."""
+        if not self.scores:
+            return ()
+        rules = {name: self._rule(name) for name in _all_linear(config)}
+        return coded_attentions(config, {n: rule is not None and rule.coded for n, rule in rules.items()})
+
+    def scale_operands_(self, detector: Detector, group: Mapping[str, Statistics]) -> None:
+        """Note the ranges of attentions that are in a group."""
+        for attention in {name.rpartition(".")[0] for name in group if name.rpartition(".")[2] in OPERANDS}:
+            assert self.scores is not None, "nobody else asks for operands"
+            detector.operand_scales[attention] = operand_scales(attention, group, self.scores)
 
     def _groups(
         self,
@@ -184,7 +134,8 @@ class Quantize:
             yield dict.fromkeys(weights, NOTHING_SEEN)
             return
         assert samples is not None, "check said that pictures are needed"
-        yield from observe_layers(detector, samples, self._needs(weights), self.balance, foregone)
+        needs = {**self._needs(weights), **operand_needs(self.attentions(detector.config))}
+        yield from observe_layers(detector, samples, needs, self.balance, foregone)
 
     def _needs(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Need, ...]]:
         rules = {name: self._rule(name) for name, shape in weights.items() if self._scheme(name, shape) is not None}
