@@ -1,6 +1,6 @@
 """Whether TensorRT reads the graphs of a full-size detector, and how large its engines are, without a GPU.
 
-Shapes and types are asked, not results: weights are random, rounded to nearest, and every static range is 1. Stages are
+Shapes and types are asked, not results: weights are random, rounded to nearest, and static ranges are about 1. Stages are
 written one after another and removed. `compile --check` does the same for a build that is there.
 
     python profiling/engine_gate.py --source defakerone-2b:random --recipes jetson-int8,jetson-int4,datacenter-fp8
@@ -32,6 +32,7 @@ from defaker_opt.graph.export import export_stage
 from defaker_opt.graph.write import write_graph
 from defaker_opt.methods import parse_scheme
 from defaker_opt.methods.round_to_nearest import RoundToNearest
+from defaker_opt.planning.engines import engine_bytes
 from defaker_opt.planning.forecast import predict_sizes
 from defaker_opt.progress import Progress
 from defaker_opt.recipe import Recipe, load_recipe
@@ -61,11 +62,12 @@ def sizes_for(detector: Detector, target: Target) -> Sizes:
 
 def write_stage(detector: Detector, target: Target, schemes: dict[str, str], stage: str, folder: Path) -> Path:
     """A stage's graph with codes, which says nothing of pictures."""
-    for name in linear_weights(detector.config, stage):
+    for place, name in enumerate(linear_weights(detector.config, stage)):
         scheme = parse_scheme(schemes[name])
         if scheme is not None:
             codes = RoundToNearest().quantize(detector.weights.read(name).float().numpy(), scheme)
-            step = 1 / scheme.largest_code if scheme.activations == "static" else None
+            # Each another, as pictures would have it: with one for all, blocks would share kernels.
+            step = (1 + place / 1024) / scheme.largest_code if scheme.activations == "static" else None
             detector.codes[name] = dataclasses.replace(codes, input_scale=step)
     graph = export_stage(detector, stage)
     fill_stage_(graph, detector, target)
@@ -80,7 +82,8 @@ def gate(recipe: Recipe, source: str, capability: str, progress: Progress) -> It
     target, plain = load_target(recipe.target), load_detector(source)
     checked = [each.check(plain.config, target) for each in recipe.passes]
     schemes = {name: scheme for preview in checked for name, scheme in preview.schemes.items()}
-    predicted, sizes = predict_sizes(plain, schemes, recipe).stages, sizes_for(plain, target)
+    predicted = engine_bytes(plain.config, predict_sizes(plain, schemes, recipe).stages)
+    sizes = sizes_for(plain, target)
     for place, stage in enumerate(STAGES):
         with tempfile.TemporaryDirectory() as work:
             progress(f"{recipe.name}: write {stage}", place / len(STAGES))

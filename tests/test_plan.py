@@ -135,6 +135,7 @@ def test_a_recipe_that_names_no_pictures_is_refused(tmp_path: Path) -> None:
 
 def test_what_no_recipe_makes_fit_is_said() -> None:
     planned = plan_recipe("float32", "sa2va-8b:random", "orin-nano-super-8gb")
+    assert planned.forecast.engines.keys() == planned.forecast.sizes.stages.keys()
     assert not planned.forecast.fits
     assert planned.nearest == ""
 

@@ -52,13 +52,16 @@ def _print(found: Forecast, title: str) -> None:
     console = Console()
     console.print(f"[bold]{found.recipe}[/]: {title}; nothing is written", highlight=False)
     table = Table()
-    for column in ("stage", "MB", "ms an image"):
+    of_engines = ("engine MB",) if found.engines else ()
+    for column in ("stage", "MB", *of_engines, "ms an image"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, size in found.sizes.stages.items():
         spent = found.latency.stages.get(name)
-        table.add_row(name, f"{size / 1e6:.1f}", "not forecast" if spent is None else f"{spent:.1f}")
-    table.add_row("preprocess", "", f"{found.latency.stages['preprocess']:.1f}")
-    table.add_row("together", f"{found.sizes.total / 1e6:.1f}", f"{found.latency.total_ms:.1f}")
+        engine = [f"{found.engines[name] / 1e6:.1f}"] if found.engines else []
+        table.add_row(name, f"{size / 1e6:.1f}", *engine, "not forecast" if spent is None else f"{spent:.1f}")
+    table.add_row("preprocess", "", *([""] if found.engines else []), f"{found.latency.stages['preprocess']:.1f}")
+    engines = [f"{sum(found.engines.values()) / 1e6:.1f}"] if found.engines else []
+    table.add_row("together", f"{found.sizes.total / 1e6:.1f}", *engines, f"{found.latency.total_ms:.1f}")
     console.print(table)
     steps = Table()
     for column in ("step", "where", "seconds", "memory GB"):

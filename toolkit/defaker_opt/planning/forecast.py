@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from defaker_opt.detector import Detector, linear_weights, parameter_shapes
 from defaker_opt.device import Device
+from defaker_opt.planning.engines import engine_bytes
 from defaker_opt.planning.formulas import Counts, picture_load, stage_blocks, stage_counts
 from defaker_opt.planning.looking import looking_cost, torch_rate
 from defaker_opt.planning.memory import RUN_BASE_BYTES, making_bytes, running_bytes
@@ -65,10 +66,14 @@ class Latency:
 
 @dataclass(frozen=True)
 class Forecast:
-    """fits: whether the run, and building an engine there, stay within the target's share of memory. why: if not."""
+    """fits: whether the run, and building an engine there, stay within the target's share of memory. why: if not.
+
+    engines: bytes of each stage's engine, on targets that have them.
+    """
 
     recipe: str
     sizes: Sizes
+    engines: Mapping[str, float]
     steps: tuple[Step, ...]
     run_memory_bytes: float
     latency: Latency
@@ -89,7 +94,8 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
     load = picture_load(detector.config, tiles, target.session.tokens, recipe.savings.shared_prefix)
     counts = stage_counts(detector.config, load)
     open_mb = target.session.open_mb
-    run_memory = running_bytes(detector, sizes.stages, counts, load, open_mb)
+    engines = engine_bytes(detector.config, sizes.stages) if device.engine_build_memory else {}
+    run_memory = running_bytes(detector, engines or sizes.stages, counts, load, open_mb)
     needs = {name: wanted for preview in previews for name, wanted in preview.needs.items()}
     require_named(recipe.name, recipe.calibration, [preview.looks for preview in previews if preview.looks])
     looking = [looking_cost(detector, needs, recipe.calibration, here)] if needs and recipe.calibration else []
@@ -116,7 +122,8 @@ def forecast(recipe: Recipe, target: Target, device: Device, detector: Detector,
         warnings.append(
             f"{latency.total_ms:.0f} ms an image is over the target's budget of {device.budget.latency_ms:g} ms"
         )
-    return Forecast(recipe.name, sizes, tuple(steps), run_memory, latency, limit, not too_large, why, tuple(warnings))
+    fits = not too_large
+    return Forecast(recipe.name, sizes, engines, tuple(steps), run_memory, latency, limit, fits, why, tuple(warnings))
 
 
 def predict_sizes(detector: Detector, schemes: Mapping[str, str], recipe: Recipe) -> Sizes:
