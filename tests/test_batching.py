@@ -9,6 +9,8 @@ import copy
 import dataclasses
 import json
 import shutil
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defaker_opt.errors import BuildError, DefakerError
+from defaker_opt.errors import EXIT_INTERRUPTED, BuildError, DefakerError
 from defaker_opt.methods import parse_scheme
 from defaker_opt.runtime import Session, Verdict, open_build, open_session
 from defaker_opt.runtime.at_once import BY_ROW, session_at_once
@@ -28,9 +30,11 @@ from defaker_opt.runtime.backends import Choice, Tensors
 from defaker_opt.runtime.backends.onnx_runtime import open_stage
 from defaker_opt.runtime.batching import BatchingSession, Company, Meeting
 from defaker_opt.runtime.build import MANIFEST, SEAL, Build, Manifest, json_text, seal
+from defaker_opt.runtime.clock import Clock
+from defaker_opt.runtime.images import image_tiles
 from defaker_opt.sample import sample_image
 from defaker_opt.target import ENCODINGS, load_target
-from tests.conftest import defaker_opt, shared_build
+from tests.conftest import COMMAND, defaker_opt, shared_build
 from tests.test_graphs import OneLayer, outliers, written
 
 # Nobody waits so long unless something is wrong, and then the test says so.
@@ -373,10 +377,32 @@ def test_run_gives_the_same_rows_in_the_same_order(float_build: Path, tmp_path: 
         assert shared == alone
 
 
+def test_ctrl_c_ends_a_run_whose_pictures_wait_for_others(float_build: Path, tmp_path: Path) -> None:
+    build = write_with_tiles(float_build, tmp_path / "build", 0)
+    pictures()[0].save(tmp_path / "one.png")
+    images = [tmp_path / "one.png"] * 1000
+    command = [*COMMAND, "run", build, *images, "--threads", "1", "--concurrency", "3", "--batch-wait", "1000"]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "one.png" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=LONG_S)
+    assert process.returncode == EXIT_INTERRUPTED and "Traceback" not in errors
+
+
 def test_without_a_wait_nothing_is_shared(float_build: Path) -> None:
     session = open_session(with_tiles(float_build, 0))
     assert session_at_once(session, 4, 0.0) is session
     assert isinstance(session_at_once(session, 4, 5.0), BatchingSession)
+
+
+def test_what_is_refused_would_depend_on_the_company(int8_build: Path) -> None:
+    session = open_session(with_tiles(int8_build, 0), 1)
+    facts = session.build.manifest.data["input"]
+    tiles = [image_tiles(image, facts["tile_size"], 1, facts["max_tiles"]) for image in pictures()]
+    alone = session.see(tiles[0], Clock())["vision_tokens"]
+    beside = session.see(np.concatenate(tiles), Clock())["vision_tokens"][: len(alone)]
+    assert np.linalg.norm(beside - alone) > 1e-3 * np.linalg.norm(alone)
 
 
 def test_a_build_whose_rounding_depends_on_the_call_is_refused(int8_build: Path) -> None:
