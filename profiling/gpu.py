@@ -9,12 +9,14 @@ graphs: one shared prefix, eight answer words, one call a question. So what is c
 
 latency_ms: a whole picture, wall time, median of the rounds, after three that warm up and capture. stages: each one by
 itself on its own inputs, with a wait after it; efficiency: its operations (counted from its graph) a second, as a share
-of what a large product of the same type reached in this run. images_per_s: at batch 1 from whole pictures; at batch 16
-the vision encoder takes the tiles of all 16 in one call, and the other stages go picture by picture, as their graphs
-have a batch of one. gpu_memory_mb: the most that torch had allocated.
+of what a large product of the same type reached in this run. images_per_s: at batch 1 from whole pictures, one
+after another; at batch 16 from 64 pictures, 16 judged at once, as `run --concurrency 16 --batch-wait 50` judges them:
+the vision encoder takes the tiles of those that wait in one call, and the other stages go picture by picture, as their
+graphs have a batch of one; null for LLM.int8, which chooses columns by call. gpu_memory_mb: the most that torch had
+allocated.
 
---quick keeps 2 layers a stack. --device cpu only checks that this script runs, with one picture and no warming up, and
-its figures say nothing. Without a CUDA device it ends with 2. The last line is one JSON object.
+--quick keeps 2 layers a stack. --device cpu only checks that this script runs, with two pictures at once and no warming
+up, and its figures say nothing. Without a CUDA device it ends with 2. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,12 @@ from rich.console import Console
 from rich.table import Table
 
 from defaker_opt.detector import Detector, load_detector
+from defaker_opt.errors import DefakerError
 from defaker_opt.profiles.work import count_file
 from defaker_opt.runtime import Session, open_build
+from defaker_opt.runtime.at_once import session_at_once
 from defaker_opt.runtime.backends import Choice
-from defaker_opt.runtime.clock import Clock
-from defaker_opt.runtime.images import image_tiles, load_image
+from defaker_opt.runtime.images import load_image
 from defaker_opt.runtime.recording import Call, RecordingSession
 from defaker_opt.runtime.spec import STAGES, StageSpec
 from defaker_opt.runtime.torch_graph.array import DeviceArray, to_tensor
@@ -61,6 +65,7 @@ FORMS = {
 TARGET = "h200-cuda"
 WARM_UP = 3
 BATCH = 16
+BATCH_WAIT_MS = 50.0
 PEAK_SIZE = 8192
 
 
@@ -151,25 +156,22 @@ def call_ms(session: Session, call: Call, device: torch.device, rounds: int) -> 
     return median_ms(device, lambda: opened(call.tensors, call.outputs), rounds)
 
 
-def measure_batch(session: Session, image: Any, facts: Mapping[str, Any]) -> float:
-    """Images a second, of 16 whose tiles the vision encoder sees in one call."""
-    shape = session.build.manifest.data["input"]
-    tiles = image_tiles(image, shape["tile_size"], shape["min_tiles"], shape["max_tiles"])
-    # Equal tiles would be encoded once.
-    batch = BATCH if facts["device"].type == "cuda" else 1
-    every = np.concatenate([tiles + np.float32(number / 1000) for number in range(batch)])
+def measure_batch(session: Session, image: Any, facts: Mapping[str, Any]) -> float | None:
+    """Images a second, of as many judged at once; None if its vision encoder rounds by call, so that none is shared."""
+    on_gpu = facts["device"].type == "cuda"
+    batch, pictures = (BATCH, 4 * BATCH) if on_gpu else (2, 2)
+    try:
+        shared = session_at_once(session, batch, BATCH_WAIT_MS)
+    except DefakerError as error:
+        print(error, file=sys.stderr)
+        return None
+    rounds = max(1, facts["rounds"] // 10)
+    with ThreadPoolExecutor(batch) as threads:
 
-    def judge_all() -> None:
-        clock = Clock()
-        seen = session.see(every, clock)
-        for number in range(batch):
-            mine = slice(number * len(tiles), (number + 1) * len(tiles))
-            prefix = session.read_prefix({name: array[mine] for name, array in seen.items()}, clock)
-            session.ask("verdict", prefix, clock)
-            embedding = session.ask("mask", prefix, clock)
-            session._mask_logits(image, np.asarray(embedding), None, clock)
+        def judge_all() -> None:
+            list(threads.map(lambda _: shared.judge(image, gate=0.0), range(pictures)))
 
-    return batch * 1e3 / median_ms(facts["device"], judge_all, max(1, facts["rounds"] // 10))
+        return pictures * 1e3 / median_ms(facts["device"], judge_all, rounds)
 
 
 def measure_form(form: str, image: Any, reference: Any, facts: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -235,7 +237,7 @@ def show(rows: Mapping[str, Mapping[str, Any]], peaks: Mapping[str, float], titl
         table.add_column(column.replace("_", " "), justify="left" if column == "form" else "right")
     for form, row in rows.items():
         stages = [_cell(row["stages"][stage]) for stage in STAGES]
-        rates = [f"{row['images_per_s'][batch]:.1f}" for batch in ("1", str(BATCH))]
+        rates = ["-" if rate is None else f"{rate:.1f}" for rate in row["images_per_s"].values()]
         memory = "-" if row["gpu_memory_mb"] is None else f"{row['gpu_memory_mb']:.0f}"
         ends = [memory, f"{row['max_logit_difference']:.1e}", f"{row['mask_agreement']:.4f}"]
         table.add_row(form, f"{row['latency_ms']:.2f}", *rates, *stages, *ends)

@@ -6,11 +6,16 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from defaker_opt.cli.run import Place, Wish, _judge_all
+from defaker_opt.errors import ImageError
+from defaker_opt.runtime import images
 from defaker_opt.runtime.in_order import in_order
 from defaker_opt.sample import sample_image
 from tests.conftest import defaker_opt
@@ -112,6 +117,21 @@ def test_pictures_at_once_get_the_verdicts_they_get_alone(
         if "mask" in one:
             masks = [np.asarray(Image.open(str(row["mask"]))) for row in (one, other)]
             np.testing.assert_array_equal(*masks)
+
+
+def test_as_many_are_decoded_at_once_as_are_judged(pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU judges them, one that decodes would keep it waiting."""
+    both = threading.Barrier(2)
+
+    def load(path: str) -> Image.Image:
+        both.wait(60)
+        raise ImageError(f"{path}: none")
+
+    monkeypatch.setattr(images, "load_image", load)
+    session: Any = SimpleNamespace(build=SimpleNamespace(digest="0", manifest=SimpleNamespace(trained=True)))
+    items = [(str(path), Place(path.stem, None, None)) for path in pictures]
+    rows = list(_judge_all(session, items, Wish(gate=None, words=0, concurrency=2)))
+    assert [row["error"] for row in rows] == [f"{path}: none" for path in pictures]
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run(float_build: Path, pictures: list[Path], tmp_path: Path) -> None:

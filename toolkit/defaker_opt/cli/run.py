@@ -39,11 +39,16 @@ def run(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Pictures judged at once, sharing the cores: more an hour, each one slower.")
     ] = 1,
+    batch_wait: Annotated[
+        float,
+        typer.Option(help="Milliseconds a picture waits at most for others, to share a call with them; 0: never."),
+    ] = 0.0,
     self_test: Annotated[bool, typer.Option("--self-test", help="Check the build on this machine instead.")] = False,
 ) -> None:
     """Judge images: real or fake, and where. One bad image does not stop the others; it makes the exit code 2."""
     from defaker_opt.catalog import module_names
     from defaker_opt.runtime import open_build, open_session
+    from defaker_opt.runtime.at_once import check_wait, session_at_once
     from defaker_opt.runtime.backends import Choice
 
     if backend and backend not in module_names("runtime.backends"):
@@ -52,9 +57,10 @@ def run(
         raise DefakerError("run: give either images or --self-test")
     if self_test and concurrency > 1:
         raise DefakerError(f"--concurrency {concurrency}: --self-test judges one picture; leave one of them out")
+    check_wait(batch_wait, concurrency)
     session = open_session(open_build(build), _threads_each(threads, concurrency), Choice(backend) if backend else None)
     if concurrency > 1:
-        _check_concurrency(session, concurrency)
+        session = session_at_once(session, concurrency, batch_wait)
     if not session.build.manifest.trained:
         print(_UNTRAINED, file=sys.stderr)
     if self_test:
@@ -74,20 +80,6 @@ def run(
         _print_row(row, as_json)
     if failed:
         raise typer.Exit(EXIT_USER_ERROR)
-
-
-def _check_concurrency(session: Session, pictures: int) -> None:
-    """Raise DefakerError if so many pictures cannot be judged at once."""
-    from defaker_opt.runtime.engines import BACKEND, TORCH
-
-    where = f"--concurrency {pictures}: {session.build.folder}"
-    if session.backend() in (BACKEND, TORCH):
-        raise DefakerError(f"{where} runs on {session.backend()}, which takes one picture after another; leave it out")
-    if session.is_short_of_memory():
-        raise DefakerError(
-            f"{where} opens its stages one after another, as it is larger than open_mb of its target; leave it out, or "
-            "make the build for a target with open_mb: 0"
-        )
 
 
 def _threads_each(threads: int, concurrency: int) -> int:
@@ -159,7 +151,8 @@ def _judge_all(session: Session, images: list[tuple[str, Place]], wish: Wish) ->
             return {"image": path, "error": str(error), **_identity(session)}
 
     ahead = wish.concurrency + 1
-    loaded = in_order(load, images, 1, ahead)
+    # As many decode as judge: where a GPU judges, one alone would keep it waiting.
+    loaded = in_order(load, images, wish.concurrency, ahead)
     for judged in in_order(judge, loaded, wish.concurrency, ahead):
         yield judged if isinstance(judged, dict) else _write(session, *judged)
 

@@ -38,7 +38,7 @@ class Verdict:
     mask: bool [height, width] of the picture, True where it is tampered with; None if the gate held it back.
     mask_area: share of the picture that the mask covers, 0…1; None without a mask.
     latency_ms: milliseconds by stage, "preprocess", "mask_resize" and "total"; a stage that did not run is absent, and
-    two that ran at once count both.
+    two that ran at once count both. A call that several pictures share counts whole for each, with the wait for it.
     greedy_answer: where the mask's answer is decoded (a build without `appended_answer`), the likeliest word at each of
     its steps, as token ids. The fixed answer's own words are fed all the same, so the mask is that of the fixed answer.
     mask_logits: float32 [s/4, s/4] of the mask image's size s, what the mask was made from; None without a mask.
