@@ -23,11 +23,13 @@ ENCODINGS = {
     "int4-sym": ("matmul_nbits", "dq_int4"),
     "int2": ("matmul_nbits",),
     "nf4": ("matmul_bnb4",),
+    "nvfp4": ("dq_nvfp4",),
     "int8-outlier": ("llm_int8",),
 }
 
-# The first compute capability with products of FP8: Ada's; Hopper and Blackwell have them too.
+# The first compute capability with FP8, in products or as scales: Ada's; Hopper and Blackwell have it too.
 _FP8_SM = 89
+_HAVE_FP8 = ("fp8-static", "nvfp4")
 
 # Backends that targets may name for planning before this version can run them.
 PLANNED_BACKENDS = ("onnx_runtime_web",)
@@ -157,12 +159,12 @@ def load_target(name: str) -> Target:
 
 
 def _check_codes(target: Target, report: strict.Report) -> None:
-    """Products of FP8 came with a compute capability, which the device states."""
+    """FP8 came with a compute capability, which the device states."""
     sm = target.device.versions.get("sm", "") if target.device else ""
-    if "fp8-static" in target.encodings and sm.isdigit() and int(sm) < _FP8_SM:
+    for kind in [kind for kind in _HAVE_FP8 if kind in target.encodings and sm.isdigit() and int(sm) < _FP8_SM]:
         report(
-            "encodings.fp8-static",
-            f"{target.encodings['fp8-static']} needs a GPU from SM {_FP8_SM} on, and device.versions.sm is {sm}; "
+            f"encodings.{kind}",
+            f"{target.encodings[kind]} needs a GPU from SM {_FP8_SM} on, and device.versions.sm is {sm}; "
             "leave it out, and make builds with int8-static",
         )
 
