@@ -11,16 +11,20 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
-from defaker_opt.catalog import find_module, module_names
+from defaker_opt.catalog import find_module, module_names, yaml_names
+from defaker_opt.compiling import EngineJob
+from defaker_opt.compiling.child import build_engine
+from defaker_opt.compiling.gate import LIBRARY, capabilities_of, check_graphs
 from defaker_opt.compiling.relax import relax_graph
 from defaker_opt.detector import load_detector
-from defaker_opt.errors import BuildError, PassError
+from defaker_opt.errors import BuildError, ConfigError, PassError
 from defaker_opt.graph.accepted import check_accepted
 from defaker_opt.graph.product import write_product
 from defaker_opt.graph.write import decoded_weights
@@ -302,6 +306,31 @@ def test_relaxed_it_is_the_same_weight_without_codes(wide: str, tmp_path: Path) 
     np.testing.assert_array_equal(weight.const_value.numpy(), codes.dequantize().T.astype(wide))
 
 
+@pytest.mark.parametrize(("sm", "refused"), [("SM120", ""), ("SM89", "Cannot compile for target(s) sm89")])
+def test_tensorrt_for_rtx_builds_it_for_blackwell_alone(sm: str, refused: str, tmp_path: Path) -> None:
+    """In engines codes stay of four bits."""
+    path, _ = written(codes_of(np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)), tmp_path)
+    built = build_engine(EngineJob(path, None, ({"rows": (1, 8, 64)},), 256, LIBRARY, sm), lambda what, share: None)
+    if refused:
+        assert refused in built.refused[0] and "fp4_e2m1" in built.refused[0]
+    else:
+        assert not built.refused and 2048 * 2048 * 9 // 16 < built.bytes < 2048 * 2048
+
+
+@pytest.mark.parametrize(("backend", "sm", "least"), [("tensor_rt", "90", 100), ("torch_cuda", "80", 89)])
+def test_a_target_without_it_in_its_gpu_is_refused(backend: str, sm: str, least: int, tmp_path: Path) -> None:
+    data = yaml.safe_load(yaml_names("profiling/targets")["agx-thor"].read_text())
+    data |= {"backend": backend}
+    data["encodings"].pop("fp8-static")
+    data["device"]["versions"]["sm"] = sm
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(
+        ConfigError, match=rf"encodings\.nvfp4: dq_nvfp4 needs a GPU from SM {least} on, .* is {sm}; leave"
+    ):
+        load_target(str(file))
+
+
 def test_its_work_is_counted(tmp_path: Path) -> None:
     path, _ = written(codes_of(np.ones((24, 96), np.float32)), tmp_path)
     work = count_file(path, {"x": (5, 96)}, ["y"])
@@ -365,6 +394,16 @@ def test_no_step_reads_the_device(stage: str, build: Path, calls: list[Any], mon
     specialized, first = Program(graph, meta).specialize(inputs, call.outputs)
     assert specialized.capturable and first
     assert all(tensor.shape == call.results[name].shape for name, tensor in specialized.run(inputs).items())
+
+
+@pytest.mark.ci
+def test_tensorrt_for_rtx_builds_every_stage_for_blackwell(tmp_path: Path) -> None:
+    done = defaker_opt("quantize", "--recipe", RECIPE, "--target", "agx-thor", "--output", tmp_path / "build")
+    assert done.returncode == 0, done.stderr
+    build = open_build(tmp_path / "build")
+    assert capabilities_of(build) == ("SM120",)
+    rows = check_graphs(build, capabilities_of(build), 256, build_engine, lambda what, share: None)
+    assert [(row["stage"], row["refused"]) for row in rows] == [(stage, []) for stage in STAGES]
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")

@@ -39,7 +39,10 @@ def test_a_shipped_target_is_sound(name: str) -> None:
     if target.backend in ("tensor_rt", "torch_cuda"):
         # FP8 products came with SM 8.9, and codes go where FP8 does.
         assert ("fp8-static" in target.encodings) == (int(device.versions["sm"]) >= 89)
-        assert "nvfp4" not in target.encodings or int(device.versions["sm"]) >= 89
+        # Engines have FP4 from SM 10.0 on; torch decodes it by itself.
+        assert ("nvfp4" in target.encodings) == (
+            int(device.versions["sm"]) >= (100 if target.backend == "tensor_rt" else 89)
+        )
         assert target.encodings["int8-static"] == "qdq_int8" and target.encodings["int4-sym"] == "dq_int4"
         # FP4 came with an opset of its own.
         assert target.graph is not None and target.graph.opset == (23 if "nvfp4" in target.encodings else 21)
