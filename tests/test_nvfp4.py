@@ -49,6 +49,8 @@ from defaker_opt.target import load_target
 from tests.conftest import defaker_opt, shared_build
 from tests.reference.nvfp4 import e2m1_numbers, round_to_nvfp4_plain
 from tests.reference.quantization import e4m3_numbers
+from tests.test_graphs import OneLayer
+from tests.test_graphs import written as written_layer
 
 RECIPE = "datacenter-nvfp4"
 SCHEME = Scheme(4, 16, "block", number="nvfp")
@@ -236,6 +238,21 @@ def test_torchs_product_is_that_of_what_codes_decode_to(compute: str, tmp_path: 
     # What leaves a stage stays float32.
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     assert not got[-1].any()
+
+
+def test_an_input_factor_and_a_bias_go_with_the_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = OneLayer(hard_weight(), SCHEME)
+    ((name, _),) = detector.codes.items()
+    factor = np.exp(np.linspace(-2, 2, 80)).astype(np.float32)
+    codes = dataclasses.replace(codes_of(hard_weight() / factor), input_factor=factor)
+    detector.codes[name] = codes
+    path, graph = written_layer(detector, (24, 80), tmp_path, monkeypatch, "b200-cuda")
+    ((_, decoded),) = decoded_weights(path)
+    assert decoded.tobytes() == codes.dequantize().tobytes()
+    assert count_operators(lower(read_graph(path), torch.float32)) == {"Mul": 1, "Fp4Linear": 1}
+    x = np.random.default_rng(2).standard_normal((9, 80)).astype(np.float32)
+    got = np.asarray(torch_cuda.open_stage(path, graph.spec, {"device": "cpu"})({"x": x}, ("y",))["y"])
+    np.testing.assert_allclose(got, x.astype(np.float64) @ decoded.T + np.arange(24), rtol=1e-4, atol=1e-4)
 
 
 def test_on_the_device_codes_stay_packed(tmp_path: Path) -> None:
