@@ -59,6 +59,7 @@ FORMS = {
     "bf16": ("float32", "bf16"),
     "fp8": ("datacenter-fp8", "fp8"),
     "int8": ("datacenter-int8", "int8"),
+    "NVFP4": ("datacenter-nvfp4", "bf16"),
     "NF4, bitsandbytes": ("bitsandbytes-nf4", "bf16"),
     "LLM.int8, bitsandbytes": ("bitsandbytes-int8", "int8"),
 }

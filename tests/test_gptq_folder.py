@@ -162,6 +162,7 @@ def test_the_heads_may_have_any_scheme() -> None:
         (schemes_of("int8", "int8"), (), r"down_proj.weight: scheme int8: what the layer is given is quantized too"),
         (schemes_of("int8-token", "int4-g64"), (), "scheme int8-token: what the layer is given"),
         (schemes_of("nf4-g64", "nf4-g64"), (), "scheme nf4-g64: its codes stand for the numbers of NF4"),
+        (schemes_of("nvfp4-g16", "nvfp4-g16"), (), "scheme nvfp4-g16: its codes stand for the numbers of FP4"),
         (schemes_of("fp8-static", "int4-g64"), (), "scheme fp8-static: what the layer is given"),
         (schemes_of("int4-g64", "float"), (), "up_proj.weight: stays in float"),
         (schemes_of("int4-g64", "int2-asym-g32"), (), "layers have codes of 2 and 4 bits"),

@@ -13,8 +13,20 @@ from hypothesis.extra.numpy import arrays
 
 from defaker_opt.catalog import find_module, module_names
 from defaker_opt.graph.packing import pack_codes, unpack_codes
-from defaker_opt.methods import FP8, NF4, SCHEMES, Method, QuantizedWeight, Scheme, Statistics, _grids, parse_scheme
+from defaker_opt.methods import (
+    FP4,
+    FP8,
+    NF4,
+    SCHEMES,
+    Method,
+    QuantizedWeight,
+    Scheme,
+    Statistics,
+    _grids,
+    parse_scheme,
+)
 from defaker_opt.spool import SpooledCodes
+from tests.reference.nvfp4 import e2m1_numbers, round_to_nvfp4_plain
 from tests.reference.quantization import (
     optimal_rounding_plain,
     output_error_plain,
@@ -26,6 +38,8 @@ from tests.reference.quantization import (
 )
 
 METHODS: list[str] = module_names("methods")
+# The magnitudes of FP4.
+E2M1 = np.array(sorted({abs(number) for number in e2m1_numbers()}))
 INT_SCHEMES = [scheme for name in SCHEMES if (scheme := parse_scheme(name))]
 SYMMETRIC = [scheme for scheme in INT_SCHEMES if scheme.zero_point == "fixed"]
 BLOCKED = [scheme for scheme in INT_SCHEMES if scheme.group_size]
@@ -85,7 +99,7 @@ def test_codes_fit_their_scheme_and_decode_to_finite_numbers(name: str, scheme: 
     groups = 128 // scheme.group_size if scheme.group_size else 1
     assert quantized.scheme == scheme
     assert quantized.codes.shape == weight.shape
-    assert quantized.codes.dtype == (FP8 if scheme.floating else np.int8)
+    assert quantized.codes.dtype == {"fp": FP8, "nvfp": FP4}.get(scheme.number, np.int8)
     numbers = scheme.numbers(quantized.codes).astype(np.float32)
     assert numbers.min() >= scheme.smallest_code
     assert numbers.max() <= scheme.largest_code
@@ -135,6 +149,9 @@ def test_rounding_moves_no_weight_further_than_half_a_step(scheme: Scheme, weigh
         # The step is the gap that a number lies in.
         gap = np.clip(np.searchsorted(NF4, weight / step) - 1, 0, len(NF4) - 2)
         step = step * np.diff(NF4)[gap]
+    if scheme.number == "nvfp":
+        gap = np.searchsorted(E2M1[1:-1], np.abs(weight) / step)
+        step = step * np.diff(E2M1)[gap]
     assert np.all(np.abs(quantized.dequantize() - weight) <= share * step + 1e-30)
 
 
@@ -167,6 +184,13 @@ def test_round_to_nearest_equals_its_plain_twin(scheme: Scheme, columns: int) ->
     if fitted.number == "nf":
         assert fitted.group_size is not None
         np.testing.assert_array_equal(quantized.dequantize(), round_to_nf4_plain(weight, fitted.group_size))
+        return
+    if fitted.number == "nvfp":
+        codes, scale, tensor_scale = round_to_nvfp4_plain(weight)
+        np.testing.assert_array_equal(quantized.codes.astype(np.float64), codes)
+        np.testing.assert_array_equal(quantized.block_scales().astype(np.float64), scale)
+        assert quantized.tensor_scale == tensor_scale
+        np.testing.assert_array_equal(quantized.scale, scale.astype(np.float32) * tensor_scale)
         return
     codes, scale = (
         round_to_fp8_plain(weight)
@@ -363,19 +387,25 @@ def test_zero_points_and_input_factors_survive_the_spool(tmp_path: Path) -> None
     codes["a.weight"] = method("awq").quantize(weight, Scheme(4, 32, "block", "group"), statistics)
     codes["b.weight"] = method("round_to_nearest").quantize(weight, Scheme(2, 32, "block", "group"))
     codes["c.weight"] = method("gptq").quantize(weight, Scheme(8), statistics)
+    four = Scheme(4, 16, "block", number="nvfp")
+    codes["d.weight"] = method("awq").quantize(weight, four, statistics)
     again = SpooledCodes(tmp_path)
-    assert set(again) == {"a.weight", "b.weight", "c.weight"}
+    assert set(again) == {"a.weight", "b.weight", "c.weight", "d.weight"}
     for name in again:
         np.testing.assert_array_equal(again[name].dequantize(), codes[name].dequantize())
         assert again[name].scheme == codes[name].scheme
-        assert (again[name].zero is None) == (name == "c.weight")
-        assert (again[name].input_factor is None) == (name != "a.weight")
-    del again["a.weight"]
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("a.weight")]
+        assert again[name].codes.dtype == codes[name].codes.dtype
+        assert (again[name].zero is None) == (name in ("c.weight", "d.weight"))
+        assert (again[name].input_factor is None) == (name not in ("a.weight", "d.weight"))
+        assert again[name].tensor_scale == codes[name].tensor_scale
+        assert (again[name].tensor_scale is None) == (name != "d.weight")
+    for name in ("a.weight", "d.weight"):
+        del again[name]
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(name)]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", ["int4-g64", "int4-sym-g64", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["int4-g64", "int4-sym-g64", "int8", "fp8", "nvfp4-g16"])
 def test_grids_searched_in_pieces_are_those_of_the_whole(
     name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,8 +39,13 @@ def test_a_shipped_target_is_sound(name: str) -> None:
     if target.backend in ("tensor_rt", "torch_cuda"):
         # FP8 products came with SM 8.9, and codes go where FP8 does.
         assert ("fp8-static" in target.encodings) == (int(device.versions["sm"]) >= 89)
+        # Engines have FP4 from SM 10.0 on; torch decodes it by itself.
+        assert ("nvfp4" in target.encodings) == (
+            int(device.versions["sm"]) >= (100 if target.backend == "tensor_rt" else 89)
+        )
         assert target.encodings["int8-static"] == "qdq_int8" and target.encodings["int4-sym"] == "dq_int4"
-        assert target.graph is not None and target.graph.opset <= 21
+        # FP4 came with an opset of its own.
+        assert target.graph is not None and target.graph.opset == (23 if "nvfp4" in target.encodings else 21)
     facts = [device.memory, device.bandwidth, *device.peaks.values()]
     assert all(len(fact.source) > 4 for fact in facts)
     assert set(target.kinds) >= {"float"} and {"int8", "int8-static"} & set(target.kinds)

@@ -191,6 +191,9 @@ def test_a_target_with_fp8_on_an_older_gpu_is_refused(base: str, tmp_path: Path)
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError, match=r"encodings\.fp8-static: qdq_fp8 needs a GPU from SM 89 on, .* is 80; leave"):
         load_target(str(path))
+    if "nvfp4" in data["encodings"]:
+        with pytest.raises(ConfigError, match=r"encodings\.nvfp4: dq_nvfp4 needs a GPU from SM 89 on, .* is 80; leave"):
+            load_target(str(path))
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,9 @@ import torch
 pytest.importorskip("triton", reason="the kernels' interpreter: pip install 'defaker-opt[cuda]'")
 
 from defaker_opt.runtime.torch_graph import kernels
-from defaker_opt.runtime.torch_graph.products import pack_int4, unpack_int4, widen_int4
+from defaker_opt.runtime.torch_graph.products import pack_fp4, pack_int4, unpack_int4, widen_fp4, widen_int4
 from tests.reference import kernels as twins
+from tests.reference.nvfp4 import e2m1_numbers
 
 KINDS = {torch.int8: np.int8, torch.float8_e4m3fn: twins.FP8}
 ROWS, COLUMNS = 7, 193  # no power of two, and no multiple of anything
@@ -143,6 +145,24 @@ def test_int4_product(rows: int, columns: int, out: int, blocks: int) -> None:
     np.testing.assert_allclose(widened, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 16, 64), (5, 176, 70), (33, 256, 129)])
+def test_fp4_product(rows: int, columns: int, out: int) -> None:
+    generator = np.random.default_rng(rows)
+    numbers = np.array(e2m1_numbers(), np.float32)[generator.integers(0, 16, (columns, out))]
+    steps = generator.uniform(2.0**-9, 448, (columns // 16, out)).astype(ml_dtypes.float8_e4m3fn)
+    steps[0, :2] = 2.0**-9, 448
+    whole = np.float32(3e-4)
+    x = generator.standard_normal((rows, columns)).astype(np.float16)
+    x[0] = 0
+    stored = torch.from_numpy(steps.view(np.uint8)), torch.tensor(whole)
+    packed = pack_fp4(torch.from_numpy(numbers))
+    weight = numbers * np.repeat(steps.astype(np.float32) * whole, 16, axis=0)
+    np.testing.assert_array_equal(widen_fp4(packed, *stored).numpy(), weight)
+    got = kernels.fp4_product(torch.from_numpy(x), packed, *stored).numpy()
+    expected = x.astype(np.float64) @ weight.astype(np.float16).astype(np.float64)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
 _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -154,30 +174,30 @@ pointers = {"x": "*fp32", "gate": "*bf16", "up": "*bf16", "product": "*i32", "pa
             "result": "*bf16", "weight": "*fp32", "bias": "*fp32", "scale": "*fp32", "step": "*fp32"}
 constants = {"block": 1024, "centred": True, "biased": True, "scaled": True, "narrow": True,
              "block_rows": 16, "block_out": 64, "block_pairs": 32}
+products = {"int4_product": {"x": "*fp16", "scale": "*fp16", "result": "*fp32", "whole": "*fp16"},
+            "fp4_product": {"x": "*fp16", "scale": "*u8", "result": "*fp32", "whole": "*fp32"}}
 
 def check(name, sm, codes):
-    kernel = getattr(kernels, f"_{name}_kernel")
-    types = {**numbers, **pointers, "codes": codes}
-    if name == "int4_product":
-        types |= {"x": "*fp16", "scale": "*fp16", "result": "*fp32"}
-    known = {**constants, "fp8": codes != "*i8"}
+    kernel = getattr(kernels, "_block_product_kernel" if name in products else f"_{name}_kernel")
+    types = {**numbers, **pointers, "codes": codes, **products.get(name, {})}
+    known = {**constants, "fp8": codes != "*i8", "fp4": name == "fp4_product"}
     signature = {each: types.get(each, "constexpr") for each in kernel.arg_names}
     fixed = {(place,): known[each] for place, each in enumerate(kernel.arg_names) if each not in types}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
     assert triton.compile(source, target=GPUTarget("cuda", sm, 32)).asm["ptx"]
     print(name, sm, codes)
 
-for sm, codes in ((80, "*i8"), (89, "*fp8e4nv"), (90, "*fp8e4nv")):
-    for name in ("quantize", "norm_quantize", "gelu_quantize", "gate_quantize", "scale_and_shift", "int4_product"):
+for sm, codes in ((80, "*i8"), (89, "*fp8e4nv"), (90, "*fp8e4nv"), (100, "*fp8e4nv")):
+    for name in ("quantize", "norm_quantize", "gelu_quantize", "gate_quantize", "scale_and_shift", *products):
         check(name, sm, codes)
 """
 
 
-def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: Path) -> None:
+def test_kernels_compile_for_ampere_ada_hopper_and_blackwell(tmp_path: Path) -> None:
     """Triton's compiler needs no GPU; whether and how fast what it makes runs, only a GPU can tell."""
     settings = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     del settings["TRITON_INTERPRET"]
     command = [sys.executable, "-c", _COMPILE]
     done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 3 * 6
+    assert len(done.stdout.splitlines()) == 4 * 7

@@ -21,6 +21,7 @@ FORMATS_OF = {
     "int4": ("fp16", "bf16", "fp32"),
     "int4-sym": ("fp16", "bf16", "fp32"),
     "nf4": ("fp16", "bf16", "fp32"),
+    "nvfp4": ("fp16", "bf16", "fp32"),
     "int8-outlier": ("int8",),
 }
 

@@ -57,7 +57,8 @@ def quantized_bytes(shape: tuple[int, ...], scheme_name: str) -> int:
         return 4 * math.prod(shape)
     groups = shape[1] // scheme.group_size if scheme.group_size else 1
     zero_points = scheme.bits * shape[0] * groups // 8 if scheme.zero_point == "group" else 0
-    scale = 2 if scheme.symmetric else 4  # engines have float16
+    # Engines have float16, NVFP4 has FP8, and its one scale more is not worth counting.
+    scale = 1 if scheme.number == "nvfp" else 2 if scheme.symmetric else 4
     return math.prod(shape) * scheme.bits // 8 + scale * shape[0] * groups + zero_points
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from defaker_opt.methods import FP8, QuantizedWeight, Scheme, parse_scheme
+from defaker_opt.methods import QuantizedWeight, Scheme, parse_scheme
 
 _CODES, _SCALE, _ZERO, _FACTOR = ".codes.npy", ".scale.npy", ".zero.npy", ".factor.npy"
-_INPUT = ".input.npy"
+_INPUT, _TENSOR = ".input.npy", ".tensor.npy"
 
 
 class SpooledCodes(MutableMapping[str, QuantizedWeight]):
@@ -34,20 +34,19 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
     def __getitem__(self, name: str) -> QuantizedWeight:
         place = self._place(name, self.schemes[name])
         codes: NDArray[Any] = np.load(f"{place}{_CODES}", mmap_mode="r", allow_pickle=False)
-        if self.schemes[name].floating:
-            codes = codes.view(FP8)
+        codes = codes.view(self.schemes[name].dtype)
         scale = np.load(f"{place}{_SCALE}", allow_pickle=False)
         zero, factor = (_load_if_there(Path(f"{place}{end}")) for end in (_ZERO, _FACTOR))
-        given = _load_if_there(Path(f"{place}{_INPUT}"))
-        input_scale = None if given is None else float(given)
-        return QuantizedWeight(codes, scale, self.schemes[name], zero, factor, input_scale)
+        found = (_load_if_there(Path(f"{place}{end}")) for end in (_INPUT, _TENSOR))
+        input_scale, tensor_scale = (None if each is None else float(each) for each in found)
+        return QuantizedWeight(codes, scale, self.schemes[name], zero, factor, input_scale, tensor_scale)
 
     def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
         place = self._place(name, weight.scheme)
         # The codes come last: where they are, a weight is complete.
-        given = None if weight.input_scale is None else np.float64(weight.input_scale)
-        beside = (weight.zero, _ZERO), (weight.input_factor, _FACTOR), (given, _INPUT)
-        # Files of arrays know no FP8, but any byte.
+        given, tensor = (None if x is None else np.float64(x) for x in (weight.input_scale, weight.tensor_scale))
+        beside = (weight.zero, _ZERO), (weight.input_factor, _FACTOR), (given, _INPUT), (tensor, _TENSOR)
+        # Files of arrays know no FP8 and no FP4, but any byte.
         codes = weight.codes.view(np.int8)
         for array, end in (*beside, (weight.scale, _SCALE), (codes, _CODES)):
             if array is None:
@@ -61,7 +60,7 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
 
     def __delitem__(self, name: str) -> None:
         place = self._place(name, self.schemes.pop(name))
-        for end in (_CODES, _SCALE, _ZERO, _FACTOR, _INPUT):
+        for end in (_CODES, _SCALE, _ZERO, _FACTOR, _INPUT, _TENSOR):
             Path(f"{place}{end}").unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[str]:

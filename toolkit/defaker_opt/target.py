@@ -23,11 +23,14 @@ ENCODINGS = {
     "int4-sym": ("matmul_nbits", "dq_int4"),
     "int2": ("matmul_nbits",),
     "nf4": ("matmul_bnb4",),
+    "nvfp4": ("dq_nvfp4",),
     "int8-outlier": ("llm_int8",),
 }
 
-# The first compute capability with products of FP8: Ada's; Hopper and Blackwell have them too.
-_FP8_SM = 89
+# The first compute capabilities with FP8, in products or as scales, Ada's; and with FP4 in engines, Blackwell's, as
+# torch decodes it itself.
+_FIRST_SM = {"fp8-static": 89, "nvfp4": 89}
+_FIRST_SM_OF_ENGINES = {**_FIRST_SM, "nvfp4": 100}
 
 # Backends that targets may name for planning before this version can run them.
 PLANNED_BACKENDS = ("onnx_runtime_web",)
@@ -158,12 +161,13 @@ def load_target(name: str) -> Target:
 
 
 def _check_codes(target: Target, report: strict.Report) -> None:
-    """Products of FP8 came with a compute capability, which the device states."""
+    """FP8 and FP4 came with a compute capability, which the device states."""
     sm = target.device.versions.get("sm", "") if target.device else ""
-    if "fp8-static" in target.encodings and sm.isdigit() and int(sm) < _FP8_SM:
+    first = _FIRST_SM_OF_ENGINES if target.backend == "tensor_rt" else _FIRST_SM
+    for kind in [kind for kind in first if kind in target.encodings and sm.isdigit() and int(sm) < first[kind]]:
         report(
-            "encodings.fp8-static",
-            f"{target.encodings['fp8-static']} needs a GPU from SM {_FP8_SM} on, and device.versions.sm is {sm}; "
+            f"encodings.{kind}",
+            f"{target.encodings[kind]} needs a GPU from SM {first[kind]} on, and device.versions.sm is {sm}; "
             "leave it out, and make builds with int8-static",
         )
 

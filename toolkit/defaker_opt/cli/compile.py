@@ -54,12 +54,12 @@ def compile_(
 def _check(build: Build, wanted: tuple[str, ...], workspace_mb: int, as_json: bool) -> None:
     from defaker_opt.cli.progress import progress_bar
     from defaker_opt.compiling.child import build_engine
-    from defaker_opt.compiling.gate import CAPABILITIES, WORDS, capabilities_of, check_graphs
+    from defaker_opt.compiling.gate import BLACKWELL, CAPABILITIES, WORDS, capabilities_of, check_graphs
     from defaker_opt.errors import one_of
 
     for name in wanted:
-        if name not in CAPABILITIES:
-            raise DefakerError(f"--sm: {one_of(name, CAPABILITIES)}")
+        if name not in (*CAPABILITIES, BLACKWELL):
+            raise DefakerError(f"--sm: {one_of(name, (*CAPABILITIES, BLACKWELL))}")
     with progress_bar() as progress:
         rows = check_graphs(build, wanted or capabilities_of(build), workspace_mb, build_engine, progress)
     refused = [row for row in rows if row["refused"]]

@@ -18,8 +18,9 @@ from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.engines import BACKEND
 from defaker_opt.runtime.session import open_session
 
-# GPUs that RTX's builder knows, of those that detectors run on.
+# GPUs that RTX's builder knows, of those that detectors run on; the last is asked for codes of FP4, or by name.
 CAPABILITIES = ("SM80", "SM86", "SM89")
+BLACKWELL = "SM120"
 
 LIBRARY = "tensorrt_rtx"
 
@@ -30,8 +31,10 @@ WORDS = "a gate, not a proof: TensorRT for RTX built these; TensorRT on a Jetson
 
 
 def capabilities_of(build: Build) -> tuple[str, ...]:
-    """Those that can run its codes: of FP8 only the newer ones."""
+    """Those that can run its codes: of FP8 only the newer ones, of FP4 the newest."""
     schemes = " ".join(entry["scheme"] for entry in build.manifest.data["stages"].values())
+    if "nvfp4" in schemes:
+        return (BLACKWELL,)
     return (_FP8_FROM,) if "fp8" in schemes else CAPABILITIES
 
 

@@ -7,14 +7,15 @@ are those that the codes stand for.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from defaker_opt.graph.layers import replace_node_
+from defaker_opt.graph.tensors import lazy, reader_of
 
 Wide = Literal["float16", "float32"]
 
@@ -26,8 +27,8 @@ def relax_graph(graph: Path, folder: Path, wide: Wide) -> Path:
     model = ir.load(graph)
     inner = model.graph
     for node in [node for node in inner if node.op_type == "MatMul"]:
-        decoder = node.inputs[1].producer() if node.inputs[1] is not None else None
-        if decoder is not None and decoder.op_type == _DECODE:
+        decoder = _decoder(node.inputs[1])
+        if decoder is not None:
             _relax_product_(inner, node, decoder, wide)
         elif wide == "float32" and _is_narrowed(node):
             _widen_product_(inner, node)
@@ -41,6 +42,14 @@ def relax_graph(graph: Path, folder: Path, wide: Wide) -> Path:
     path = folder / graph.name
     ir.save(model, path, external_data=f"{graph.name}.data", size_threshold_bytes=256)
     return path
+
+
+def _decoder(weight: ir.Value | None) -> ir.Node | None:
+    """The node that decodes a product's weight, if one does; it may be narrowed after."""
+    node = weight.producer() if weight is not None else None
+    if node is not None and (node.name or "").endswith(".narrow_weight"):
+        return _decoder(node.inputs[0])
+    return node if node is not None and node.op_type == _DECODE else None
 
 
 def _relax_product_(graph: ir.Graph, node: ir.Node, decoder: ir.Node, wide: Wide) -> None:
@@ -77,27 +86,22 @@ def _replace_(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node]) -> None:
 
 def _add_weight(graph: ir.Graph, decoder: ir.Node, wide: Wide) -> ir.Value:
     """The weight [in, out] that codes stand for, decoded when it is written."""
-    codes, scale = decoder.inputs[:2]
-    assert codes is not None and scale is not None and codes.name and codes.shape is not None
+    codes = decoder.inputs[0]
+    assert codes is not None and codes.name and codes.shape is not None
     name = f"{codes.name.removesuffix('.codes')}.decoded"
     if name not in graph.initializers:
         kind = ir.DataType.FLOAT16 if wide == "float16" else ir.DataType.FLOAT
-        read = functools.partial(_decoded, codes, scale, kind)
-        tensor = ir.LazyTensor(lambda: ir.Tensor(read(), name=name), dtype=kind, shape=ir.Shape(codes.shape), name=name)
+        read = reader_of(decoder.outputs[0])
+        assert read is not None, f"{name}: computed, and no codes"
+        tensor = lazy(name, tuple(codes.shape.numpy()), kind, functools.partial(_narrowed, read, kind))
         value = ir.Value(name=name, shape=ir.Shape(codes.shape), type=ir.TensorType(kind), const_value=tensor)
         graph.initializers.add(value)
     return graph.initializers[name]
 
 
-def _decoded(codes: ir.Value, scale: ir.Value, kind: ir.DataType) -> NDArray[Any]:
-    """scale: [out], or [groups, out] of blocks of rows."""
-    assert codes.const_value is not None and scale.const_value is not None
-    steps = scale.const_value.numpy().astype(np.float32)
-    numbers = codes.const_value.numpy().astype(np.float32)
-    if steps.ndim == 2:
-        steps = np.repeat(steps, len(numbers) // len(steps), axis=0)
-    decoded: NDArray[Any] = (numbers * steps).astype(kind.numpy())
-    return decoded
+def _narrowed(read: Callable[[], NDArray[Any]], kind: ir.DataType) -> NDArray[Any]:
+    numbers: NDArray[Any] = read().astype(kind.numpy())
+    return numbers
 
 
 def _before_codes(value: ir.Value | None) -> ir.Value:

@@ -76,8 +76,9 @@ def find_layout(shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, str
 def _why_not(scheme: Scheme | None, shape: tuple[int, ...], factored: bool) -> str:
     if scheme is None:
         return "stays in float"
-    if scheme.number == "nf":
-        return f"scheme {scheme}: its codes stand for the numbers of NF4, and the format's are integers"
+    if scheme.number in ("nf", "nvfp"):
+        table = {"nf": "NF4", "nvfp": "FP4"}[scheme.number]
+        return f"scheme {scheme}: its codes stand for the numbers of {table}, and the format's are integers"
     if scheme.activations != "block" or scheme.bits not in BITS:
         return f"scheme {scheme}: what the layer is given is quantized too, which the format has no place for"
     if factored:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from defaker_opt.errors import PassError
+from defaker_opt.graph.tensors import reader_of
 from defaker_opt.target import GraphLimits
 
 _CODES = ("QuantizeLinear", "DequantizeLinear")
@@ -46,7 +47,8 @@ def _full_name(node: ir.Node) -> str:
 
 def _wrong_codes(node: ir.Node) -> Iterator[str]:
     """Codes must stand for numbers around 0, in steps above 0; a bias is added as it is."""
-    scale, zero = (_values(value) for value in (*node.inputs[1:3], None)[:2])
+    readers = (reader_of(value) for value in (*node.inputs[1:3], None)[:2])
+    scale, zero = (read() if read else None for read in readers)
     if zero is not None and np.any(zero.astype(np.float32) != 0):
         yield f"{node.name}: a zero point other than 0"
     if scale is None:
@@ -56,7 +58,3 @@ def _wrong_codes(node: ir.Node) -> Iterator[str]:
     codes = node.inputs[0]
     if codes is not None and codes.dtype == ir.DataType.INT32:
         yield f"{node.name}: codes of 32 bits, as of a bias"
-
-
-def _values(value: ir.Value | None) -> np.ndarray | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()

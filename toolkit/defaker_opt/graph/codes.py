@@ -26,7 +26,15 @@ from defaker_opt.graph import Graph
 from defaker_opt.graph import bitsandbytes as bnb
 from defaker_opt.graph.layers import Layer, layers_of, replace_layer_
 from defaker_opt.graph.packing import pack_codes
-from defaker_opt.graph.qdq import BLOCKS_OPSET, static_writer, write_int4_, write_int8_
+from defaker_opt.graph.qdq import (
+    BLOCKS_OPSET,
+    FP4_IR_VERSION,
+    FP4_OPSET,
+    static_writer,
+    write_int4_,
+    write_int8_,
+    write_nvfp4_,
+)
 from defaker_opt.graph.tensors import (
     Codes,
     Quantized,
@@ -66,14 +74,17 @@ def fill_weights_(graph: Graph, detector: Detector, encodings: dict[str, str]) -
         if name in inner.initializers:
             read = functools.partial(_read_array, detector, name)
             inner.initializers[name].const_value = lazy(name, shape, ir.DataType.FLOAT, read)
-    if any("block_size" in node.attributes for node in inner if node.op_type == "DequantizeLinear"):
-        graph.model.opset_imports[""] = BLOCKS_OPSET
     declare_domains_(graph.model)
     inner.sort()
 
 
 def declare_domains_(model: ir.Model) -> None:
-    """Say in a model whose operators it has besides ONNX's, and what ours mean; its own opset is settled before."""
+    """Say in a model which opset its codes need, whose operators it has besides ONNX's, and what ours mean."""
+    if any("block_size" in node.attributes for node in model.graph if node.op_type == "DequantizeLinear"):
+        model.opset_imports[""] = BLOCKS_OPSET
+    if any(value.dtype == ir.DataType.FLOAT4E2M1 for value in model.graph.initializers.values()):
+        model.opset_imports[""] = FP4_OPSET
+        model.ir_version = FP4_IR_VERSION
     domains = {node.domain for node in model.graph}
     if "com.microsoft" in domains:
         model.opset_imports["com.microsoft"] = 1
@@ -210,6 +221,7 @@ WRITERS: dict[str, Callable[[ir.Graph, Layer, Codes, QuantizedInputs], None]] = 
     "qdq_fp8": static_writer("qdq_fp8"),
     "dq_int8": write_int8_,
     "dq_int4": write_int4_,
+    "dq_nvfp4": write_nvfp4_,
     "matmul_nbits": _matmul_nbits_,
     "matmul_bnb4": bnb.write_nf4_,
     "llm_int8": bnb.write_llm_int8_,

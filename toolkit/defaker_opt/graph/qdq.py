@@ -6,6 +6,8 @@ qdq_fp8     the same in FP8 (E4M3)
 dq_int8     weights only: codes [in, out] int8 and scale [out]; how activations are rounded is the runtime's choice
 dq_int4     weights only: codes [in, out] int4 and scale [groups, out] float16, and a float16 product; norms, sums and
             softmax around it stay float32
+dq_nvfp4    the same with codes [in, out] FP4 and scale [groups, out] FP8, itself codes with one float32 scale; each
+            weight is a float32 before it becomes a float16
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from defaker_opt.graph.tensors import (
     constant_,
     quantized_input,
 )
-from defaker_opt.methods import FP8
+from defaker_opt.methods import FP4, FP8
 
-# Blocks of 4-bit codes need the DequantizeLinear of this opset.
-BLOCKS_OPSET = 21
+# Blocks of 4-bit codes need the DequantizeLinear of the first opset, FP4 that of the second, and both this or a later
+# version of the file format.
+BLOCKS_OPSET, FP4_OPSET = 21, 23
+FP4_IR_VERSION = 11
 
 # By encoding, what stands for 0 in the codes of activations.
 _ZERO = MappingProxyType({"qdq_uint8": np.uint8(128), "qdq_int8": np.int8(0), "qdq_fp8": np.zeros((), FP8)})
@@ -85,10 +89,32 @@ def write_int4_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: Quantize
     scale = _tensor(graph, f"{layer.name}.scale", (columns // size, rows), np.float16, lambda: codes().scale.T)
     blocks = {"axis": 0, "block_size": size}
     decoded = ir.node("DequantizeLinear", [weight, scale], blocks, name=f"{layer.name}.dequantize_weight")
+    _write_narrow_product_(graph, layer, [decoded])
+
+
+def write_nvfp4_(graph: ir.Graph, layer: Layer, codes: Codes, quantized: QuantizedInputs) -> None:
+    """Writes layers with blocks of FP4 codes, whose scales are codes of FP8."""
+    rows, columns = codes().codes.shape
+    size = codes().scheme.group_size
+    assert size is not None, f"{layer.name}: {codes().scheme} has no such blocks"
+    weight = _tensor(graph, f"{layer.name}.codes", (columns, rows), FP4, lambda: codes().codes.T)
+    steps = _tensor(graph, f"{layer.name}.block_scale", (columns // size, rows), FP8, lambda: codes().block_scales().T)
+    whole = constant_(graph, f"{layer.name}.tensor_scale", np.float32(codes().tensor_scale))
+    scale = ir.node("DequantizeLinear", [steps, whole], name=f"{layer.name}.dequantize_scale")
+    blocks = {"axis": 0, "block_size": size}
+    decoded = ir.node("DequantizeLinear", [weight, scale.outputs[0]], blocks, name=f"{layer.name}.dequantize_weight")
+    # What the operator's own `output_dtype` says, which TensorRT for RTX 1.7 does not read.
+    half = {"to": int(ir.DataType.FLOAT16)}
+    narrowed = ir.node("Cast", decoded.outputs, half, name=f"{layer.name}.narrow_weight")
+    _write_narrow_product_(graph, layer, [scale, decoded, narrowed])
+
+
+def _write_narrow_product_(graph: ir.Graph, layer: Layer, weight: list[ir.Node]) -> None:
+    """Put a float16 product in a layer's place. weight: the nodes that decode it to float16, the last one gives it."""
     given = ir.node("Cast", [layer.x], {"to": int(ir.DataType.FLOAT16)}, name=f"{layer.name}.narrow")
-    product = ir.node("MatMul", [given.outputs[0], decoded.outputs[0]], name=layer.name)
+    product = ir.node("MatMul", [given.outputs[0], weight[-1].outputs[0]], name=layer.name)
     result = ir.node("Cast", [product.outputs[0]], {"to": int(ir.DataType.FLOAT)}, name=f"{layer.name}.widen")
-    replace_layer_(graph, layer, [decoded, given, product, result], result.outputs[0])
+    replace_layer_(graph, layer, [*weight, given, product, result], result.outputs[0])
 
 
 def _tensor(graph: ir.Graph, name: str, shape: tuple[int, int], kind: Any, read: Callable[[], Any]) -> ir.Value:
@@ -134,9 +160,11 @@ def narrow_attention_(graph: ir.Graph) -> None:
 
 
 def _is_activation(value: ir.Value | None) -> bool:
-    """Neither stored nor decoded from what is stored."""
+    """Neither stored nor decoded from what is stored, and perhaps narrowed then."""
     assert value is not None
     producer = value.producer()
+    if producer is not None and producer.op_type == "Cast":
+        return _is_activation(producer.inputs[0])
     if producer is None:
         return not value.is_initializer()
     decoded = producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,29 @@ def constant_(graph: ir.Graph, name: str, value: Any) -> ir.Value:
         kind = ir.TensorType(tensor.dtype)
         graph.initializers.add(ir.Value(name=name, shape=ir.Shape(np.shape(value)), type=kind, const_value=tensor))
     return graph.initializers[name]
+
+
+def reader_of(value: ir.Value | None) -> Callable[[], NDArray[Any]] | None:
+    """Reads what is stored, or as float32 what stored codes stand for; None if it is computed.
+
+    The nodes that decode may be gone from the graph when it is called.
+    """
+    if value is not None and value.const_value is not None:
+        return value.const_value.numpy
+    decoder = value.producer() if value is not None else None
+    if decoder is None or decoder.op_type != "DequantizeLinear":
+        return None
+    codes, scale = (reader_of(each) for each in decoder.inputs[:2])
+    return None if codes is None or scale is None else functools.partial(_decoded, codes, scale)
+
+
+def _decoded(read_codes: Callable[[], NDArray[Any]], read_scale: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """One scale, one for each column of the last axis, or rows of them for blocks of rows."""
+    codes, scale = read_codes(), read_scale().astype(np.float32)
+    if scale.ndim > 1:
+        scale = np.repeat(scale, len(codes) // len(scale), axis=0)
+    numbers: NDArray[Any] = codes.astype(np.float32) * scale
+    return numbers
 
 
 def codes_and_scale(graph: ir.Graph, layer: Layer, codes: Codes) -> tuple[ir.Value, ir.Value]:

@@ -36,7 +36,7 @@ def decoded_weights(path: Path) -> Iterator[tuple[str, Array]]:
             continue
         parts = {
             part: value
-            for part in ("codes", "scale", "zero", "factor")
+            for part in ("codes", "scale", "block_scale", "tensor_scale", "zero", "factor")
             if (value := graph.initializers.get(f"{weight}.{part}")) is not None
         }
         decoded = _decoded({part: _array(value) for part, value in parts.items()}, columns.get(weight))
@@ -48,6 +48,8 @@ def decoded_weights(path: Path) -> Iterator[tuple[str, Array]]:
 
 def _decoded(parts: dict[str, np.ndarray], columns: int | None) -> Array:
     """columns: of a blocked product, None for a whole one, whose codes are stored [in, out]. NF4 lies in one row."""
+    if "block_scale" in parts:
+        parts = {**parts, "scale": parts["block_scale"].astype(np.float32) * parts["tensor_scale"]}
     codes, scale, factor = parts["codes"], parts["scale"], parts.get("factor")
     if columns is not None and codes.ndim == 1:
         numbers = NF4[unpack_nf4(codes)].reshape(-1, columns)

@@ -31,6 +31,7 @@ SchemeName = Literal[
     "int4-sym-g64",
     "fp8-static",
     "nf4-g64",
+    "nvfp4-g16",
     "int8-outlier",
 ]
 SCHEMES: tuple[str, ...] = get_args(SchemeName)
@@ -42,13 +43,18 @@ Need = Literal["hessian", "shift", "mean_abs", "largest", "histogram"]
 _MIN_GROUP, _MIN_ENGINE_GROUP, _MIN_NF_GROUP = 16, 64, 32
 
 _NAME = re.compile(
-    r"(?P<number>int|fp|nf)(?P<bits>\d)(-(?P<activations>token|static|outlier))?(-(?P<sides>asym|sym))?(-g(?P<group>\d+))?"
+    r"(?P<number>int|fp|nf|nvfp)(?P<bits>\d)(-(?P<activations>token|static|outlier))?(-(?P<sides>asym|sym))?(-g(?P<group>\d+))?"
 )
 
 # FP8 codes: 4 bits of exponent, 3 of fraction, no infinities, up to 448 (Micikevicius et al. 2022, "FP8 formats for
 # deep learning", section 3.1).
 FP8 = ml_dtypes.float8_e4m3fn
-_FP8_LARGEST = 448
+FP8_LARGEST = 448
+
+# FP4 codes: 2 bits of exponent, 1 of fraction, so ±0, 0.5, 1, 1.5, 2, 3, 4 and 6 (Open Compute Project 2023, "OCP
+# microscaling formats (MX)", section 5.3.3). NVFP4 gives 16 of them a scale of FP8, and all of a weight one of float32.
+FP4 = ml_dtypes.float4_e2m1fn
+_FP4_LARGEST = 6
 
 # What the 16 codes of NF4 stand for, -1 … 1: quantiles of a normal distribution (Dettmers et al. 2023, "QLoRA",
 # section 3 and appendix E), as bitsandbytes has them.
@@ -70,7 +76,8 @@ class Scheme:
     columns with large inputs stay float; "static": one for good, found by calibration. 4-bit products choose for
     themselves and say "block". zero_point: "fixed", zero is the code 0, or "group", each group has its own. symmetric:
     blocked codes are as many on both sides, and scales are positive numbers that float16 has, as engines want them.
-    number: what codes stand for, times their scale: integers, numbers of FP8, or those of `NF4`.
+    number: what codes stand for, times their scale: integers, numbers of FP8, those of `NF4`, or NVFP4's of FP4, whose
+    scales are positive numbers of FP8 times one float32 of the whole weight.
     """
 
     bits: int
@@ -78,12 +85,18 @@ class Scheme:
     activations: str = "tensor"
     zero_point: Literal["fixed", "group"] = "fixed"
     symmetric: bool = False
-    number: Literal["int", "fp", "nf"] = "int"
+    number: Literal["int", "fp", "nf", "nvfp"] = "int"
 
     @property
     def floating(self) -> bool:
         """Whether codes are numbers of FP8."""
         return self.number == "fp"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of codes, a byte each."""
+        kind: np.dtype[Any] = np.dtype({"fp": FP8, "nvfp": FP4}.get(self.number, np.int8))
+        return kind
 
     @property
     def kind(self) -> str:
@@ -94,7 +107,8 @@ class Scheme:
     @property
     def largest_code(self) -> int:
         """The greatest number that a code stands for."""
-        return {"int": int(2 ** (self.bits - 1) - 1), "fp": _FP8_LARGEST, "nf": 1}[self.number]
+        integer = int(2 ** (self.bits - 1) - 1)
+        return {"int": integer, "fp": FP8_LARGEST, "nf": 1, "nvfp": _FP4_LARGEST}[self.number]
 
     @property
     def smallest_code(self) -> int:
@@ -127,11 +141,12 @@ class Scheme:
 class QuantizedWeight:
     """Codes of one linear layer's weight. Group g of row r stands for `(codes - zero[r, g]) * scale[r, g]`.
 
-    codes: int8 [out, in] (codes of fewer bits too, one a byte), FP8, or places in the table `NF4`, int8 0…15.
+    codes: int8 [out, in] (codes of fewer bits too, one a byte), FP8, FP4, or places in the table `NF4`, int8 0…15.
     scale: float32 [out, groups], not zero, and negative where a group's largest weight is positive and gets the one
     code more that the negative side has. zero: int8 [out, groups], None if all are 0. input_factor: float32 [in]: the
     layer multiplies its input by it before it meets the codes; None if by 1. input_scale: the layer's input is rounded
-    to -128…127 times it, or to FP8 times it; only of schemes with static activations.
+    to -128…127 times it, or to FP8 times it; only of schemes with static activations. tensor_scale: a float32 that all
+    scales of NVFP4 are numbers of FP8 times of; None of other schemes.
     """
 
     codes: NDArray[Any]
@@ -140,10 +155,16 @@ class QuantizedWeight:
     zero: NDArray[np.int8] | None = None
     input_factor: Array | None = None
     input_scale: float | None = None
+    tensor_scale: float | None = None
 
     def dequantize(self) -> Array:
         """The float32 weight [out, in] that stands for codes and input factor."""
         return decode(self.scheme.numbers(self.codes), self.scale, self.zero, self.input_factor)
+
+    def block_scales(self) -> NDArray[Any]:
+        """Of NVFP4, the numbers of FP8 [out, groups] that `tensor_scale` makes `scale` of, exactly."""
+        assert self.tensor_scale is not None, f"{self.scheme} has no scales of FP8"
+        return (self.scale / np.float32(self.tensor_scale)).astype(FP8)
 
 
 def decode(

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
 from defaker_opt.methods import Doubles, QuantizedWeight, Scheme
-from defaker_opt.methods._grids import Grid, as_weight, codes_on, grouped, searched_grid
+from defaker_opt.methods._grids import Grid, as_weight, codes_on, grouped, searched_grid, unit_of
 
 # Columns whose errors are handed on at once to all later blocks; a matter of speed only.
 _BLOCK = 128
@@ -63,7 +63,7 @@ def _sweep(
     size = scheme.group_size or columns
     groups = columns // size
     scale, zero = np.ones((rows, groups), np.float32), np.zeros((rows, groups), np.float32)
-    chosen = grid or Grid(scale, zero)
+    chosen = grid or Grid(scale, zero, unit_of(weight.astype(np.float32), scheme))
     codes = np.zeros((rows, columns), np.float32)
     # A block ends where a group does, or a group's grid would be chosen before all errors have reached it.
     block = _BLOCK if size >= _BLOCK and size % _BLOCK == 0 else size * max(1, _BLOCK // size)
@@ -74,7 +74,8 @@ def _sweep(
             group = int(order[column]) // size
             if grid is None and column % size == 0:
                 # A group as long as several blocks begins when earlier blocks are done; later ones change it no more.
-                fitted = searched_grid(weight[:, column : column + size].astype(np.float32), scheme, importance[group])
+                values = weight[:, column : column + size].astype(np.float32)
+                fitted = searched_grid(values, scheme, importance[group], chosen.unit)
                 chosen.scale[:, group], chosen.zero[:, group] = fitted.scale, fitted.zero
             here = chosen.column(group)
             value = weight[:, column]

@@ -33,7 +33,7 @@ class Hqq:
         """Quantize weight [out, in]."""
         values = grouped(weight, scheme)
         grid = range_grid(values, scheme)
-        steps = grid.scale[..., None]
+        unit, steps = grid.unit, grid.scale[..., None]
         values = values / steps  # in steps of the first grid, which large weights need too: their sums are no float32
         best = grid = Grid(np.ones_like(grid.scale), grid.zero)
         least = self._distance(values, grid, scheme)
@@ -43,11 +43,14 @@ class Hqq:
             aim = values - self._shrunken(values - decoded(codes, grid), beta)
             grid = _fitted(aim, codes, scheme)
             beta *= self.growth
-            distance = self._distance(values, grid, scheme)
+            # Scales of NVFP4 are far apart: the way goes between them, what counts is the error on the nearest one.
+            there = usable(grid.scale * steps[..., 0], scheme, unit) / steps[..., 0]
+            kept = Grid(there, grid.zero) if scheme.number == "nvfp" else grid
+            distance = self._distance(values, kept, scheme)
             better = distance < least
             least = np.where(better, distance, least)
-            best = Grid(np.where(better, grid.scale, best.scale), np.where(better, grid.zero, best.zero))
-        whole = Grid(usable(best.scale * steps[..., 0], scheme), best.zero)
+            best = Grid(np.where(better, kept.scale, best.scale), np.where(better, kept.zero, best.zero))
+        whole = Grid(usable(best.scale * steps[..., 0], scheme, unit), best.zero, unit)
         return as_weight(codes_on(values, best, scheme), whole, scheme)
 
     def _shrunken(self, residual: Array, beta: float) -> Array:

@@ -31,7 +31,7 @@ from defaker_opt.profiles.measure import (
 from defaker_opt.profiles.operators import StageOperators, measure_operators
 from defaker_opt.profiles.ratios import Quantiles, quantiles
 from defaker_opt.runtime import Build, open_session
-from defaker_opt.runtime.engines import TORCH, backend_of
+from defaker_opt.runtime.engines import TORCH, backend_of, stand_in
 from defaker_opt.runtime.recording import Call, record_calls
 
 FORMAT = 1
@@ -164,7 +164,7 @@ def profile_build(
     progress("peaks of the machine", 0.9)
     device = target[1] if target else None
     peaks, roofline, missing = _roofline(build, calls, measured[0], settings, device)
-    if backend_of(build) == TORCH:
+    if backend_of(build) == TORCH and stand_in(build) is None:
         missing = (
             *missing,
             "stages: the GPU works on while the next stage is handed over, so a stage's time ends early",

@@ -19,6 +19,7 @@ Shape = tuple[int, ...]
 _BLOCKED = {"MatMulNBits": "int4", "MatMulBnb4": "fp32"}
 _FORMATS = {"MatMulInteger": "int8", **_BLOCKED}
 _WIDENED = ".widened.codes"
+_HALF_BYTES = (onnx.TensorProto.INT4, onnx.TensorProto.FLOAT4E2M1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,13 @@ def count_work(model: onnx.ModelProto, inputs: Mapping[str, Shape], outputs: Seq
     weights: dict[str, float] = {}
     attention = traffic = 0.0
     seen: set[str] = set()
-    decoded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in initial}
+    decoded: set[str] = set()
+    for node in graph.node:
+        if node.input and (
+            (node.op_type == "DequantizeLinear" and node.input[0] in initial)
+            or (node.op_type == "Cast" and node.input[0] in decoded)
+        ):
+            decoded.add(node.output[0])
     for node in _needed(graph, outputs):
         traffic += sum(sizes[name][1] for name in (*node.input, *node.output) if name in sizes)
         count = _operations(node, sizes)
@@ -91,7 +98,7 @@ def count_work(model: onnx.ModelProto, inputs: Mapping[str, Shape], outputs: Seq
         for name in node.input:
             if name in initial and name not in seen:
                 seen.add(name)
-                kind = "fp32" if initial[name] == onnx.TensorProto.FLOAT else _weight_format(node)
+                kind = "fp32" if initial[name] == onnx.TensorProto.FLOAT else _weight_format(node, initial[name])
                 weights[kind] = weights.get(kind, 0.0) + sizes[name][1]
     activations = sum(sizes[name][1] for name in (*inputs, *outputs) if name in sizes)
     return Work(operations, attention, weights, activations, traffic)
@@ -102,8 +109,8 @@ def count_file(path: Path, inputs: Mapping[str, Shape], outputs: Sequence[str]) 
     return count_work(onnx.load(str(path), load_external_data=False), inputs, outputs)
 
 
-def _weight_format(node: onnx.NodeProto) -> str:
-    return "int4" if node.doc_string in _BLOCKED else "int8"
+def _weight_format(node: onnx.NodeProto, kind: int) -> str:
+    return "int4" if node.doc_string in _BLOCKED or kind in _HALF_BYTES else "int8"
 
 
 def _sized(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> onnx.GraphProto:
@@ -154,7 +161,7 @@ def _sizes(graph: onnx.GraphProto) -> dict[str, tuple[Shape, float]]:
 
 
 def _with_bytes(shape: Shape, kind: int) -> tuple[Shape, float]:
-    width = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
+    width = 0.5 if kind in _HALF_BYTES else np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
     return shape, float(math.prod(shape) * width)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from defaker_opt.errors import BuildError
+from defaker_opt.runtime.backends import Choice
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.cuda import has_gpu
 
@@ -26,8 +27,11 @@ BACKEND = "tensor_rt"
 # Runs graphs on a GPU without engines.
 TORCH = "torch_cuda"
 
-# Runs the graphs of builds that are not compiled, operator by operator as they are written.
-_UNCOMPILED = "onnx_runtime"
+# Run the graphs of builds whose backend cannot run here, as they are written: the second has the codes that the first
+# has no operator for on a CPU (onnxruntime 1.31.1).
+_UNCOMPILED = Choice("onnx_runtime", {"as_written": True})
+_ON_CPU = Choice(TORCH, {"device": "cpu", "compute": "float32"})
+_ON_CPU_BY_TORCH = "nvfp4"
 
 
 def engines_folder(build: Path) -> Path:
@@ -52,12 +56,22 @@ def read_record(folder: Path, name: str = RECORD) -> Mapping[str, Any] | None:
 
 
 def backend_of(build: Build) -> str:
-    """What runs a build here: the backend it is made for, or ONNX Runtime if that wants engines or a GPU that is not
-    there.
+    """What runs a build here: the backend it is made for, or the one that stands in for it."""
+    substitute = stand_in(build)
+    return substitute.backend if substitute else str(build.manifest.data["target"]["backend"])
+
+
+def stand_in(build: Build) -> Choice | None:
+    """What runs a build in place of the backend it is made for, if that wants engines or a GPU that is not there: ONNX
+    Runtime, or torch on the CPU for codes that ONNX Runtime does not know.
     """
     made_for = str(build.manifest.data["target"]["backend"])
     missing = {
         BACKEND: lambda: read_record(engines_folder(build.folder)) is None,
         TORCH: lambda: not has_gpu(),
     }
-    return _UNCOMPILED if made_for in missing and missing[made_for]() else made_for
+    if made_for not in missing or not missing[made_for]():
+        return None
+    notes = [notes for each in build.manifest.data.get("passes", ()) for notes in each.values()]
+    schemes = [scheme for each in notes for scheme in each.get("quantized", {}).values()]
+    return _ON_CPU if any(scheme.startswith(_ON_CPU_BY_TORCH) for scheme in schemes) else _UNCOMPILED

@@ -18,7 +18,7 @@ from defaker_opt.runtime.answers import decode_fixed, decode_free, fake_probabil
 from defaker_opt.runtime.backends import Choice, OpenStage, Tensors, find_backend
 from defaker_opt.runtime.build import Build
 from defaker_opt.runtime.clock import Clock, Span
-from defaker_opt.runtime.engines import backend_of
+from defaker_opt.runtime.engines import backend_of, stand_in
 from defaker_opt.runtime.images import distinct_tiles, full_size_mask, image_tiles, mask_image
 from defaker_opt.runtime.prompts import Prefix, extend_, load_prompts, question_input
 from defaker_opt.runtime.spec import PHASES, VOCABULARY_HEAD, StageSpec
@@ -139,7 +139,8 @@ class Session:
         target = self.build.manifest.data["target"]
         options = {**target["session"], **({"threads": self.threads} if self.threads else {})}
         as_written = {"as_written": True} if self.backend() != target["backend"] else {}
-        return {**options, **as_written, **(self.choice.options if self.choice else {})}
+        chosen = self.choice or stand_in(self.build)
+        return {**options, **as_written, **(chosen.options if chosen else {})}
 
     def backend(self) -> str:
         """What runs the stages here."""

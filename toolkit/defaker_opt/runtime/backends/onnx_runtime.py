@@ -123,6 +123,11 @@ def _open(file: Path, settings: onnxruntime.SessionOptions, options: Mapping[str
             )
     try:
         session = onnxruntime.InferenceSession(str(file), settings, providers=list(dict.fromkeys([*providers, _CPU])))
+    except native.NotImplemented as error:
+        raise BuildError(
+            f"{file}: onnxruntime {onnxruntime.__version__} has no operator for its codes here ({error}); run the "
+            "build without --backend, or on a GPU with: --backend torch_cuda"
+        ) from error
     except OPEN_ERRORS as error:
         raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
     for name in providers:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import torch
@@ -25,7 +26,7 @@ Attributes = Mapping[str, Any]
 
 # ONNX's names of types that arrays of numpy have no name for.
 _FP8 = TensorProto.FLOAT8E4M3FN
-_INT4 = TensorProto.INT4
+_INT4, _FP4 = TensorProto.INT4, TensorProto.FLOAT4E2M1
 
 DTYPES = MappingProxyType(
     {
@@ -137,6 +138,9 @@ def _read_tensor(tensor: onnx.TensorProto, folder: Path) -> torch.Tensor:
 
 
 def _as_torch(array: NDArray[Any], kind: int) -> torch.Tensor:
+    if kind == _FP4:
+        # Torch computes with no FP4, but its numbers are among those of FP8.
+        array, kind = array.astype(ml_dtypes.float8_e4m3fn), _FP8
     if kind == _FP8:
         return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
     return torch.from_numpy(array.astype(np.int8) if kind == _INT4 else array.copy())

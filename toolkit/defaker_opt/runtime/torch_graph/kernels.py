@@ -129,9 +129,21 @@ def _gate_quantize_kernel(gate, up, step, codes, count, fp8: tl.constexpr, block
 
 
 @triton.jit
-def _int4_product_kernel(
-    x, packed, scale, result, rows, columns, out, group,
-    block_rows: tl.constexpr, block_out: tl.constexpr, block_pairs: tl.constexpr,
+def _weights(codes, steps, fp4: tl.constexpr):
+    """Half bytes times steps as float16."""
+    if fp4:
+        # The bits of FP4 lie within float16's, whose exponents are 14 higher.
+        bits = ((codes & 8) << 12) | ((codes & 7) << 9)
+        weights = (bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0 * steps).to(tl.float16)
+    else:
+        weights = (codes - 16 * (codes > 7).to(tl.int32)).to(tl.float16) * steps
+    return weights
+
+
+@triton.jit
+def _block_product_kernel(
+    x, packed, scale, whole, result, rows, columns, out, group,
+    fp4: tl.constexpr, block_rows: tl.constexpr, block_out: tl.constexpr, block_pairs: tl.constexpr,
 ):  # fmt: skip
     """Even and odd rows of the weights are two products, so that halves of a byte need not be interleaved."""
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
@@ -145,11 +157,13 @@ def _int4_product_kernel(
         odd = tl.load(x + row[:, None] * columns + 2 * pair[None, :] + 1, mask=read, other=0.0)
         both = tl.load(packed + pair[:, None] * out + column[None, :], mask=stored, other=0).to(tl.int32)
         # Both halves of a byte are in one block of rows, as blocks have an even number of them.
-        steps = tl.load(scale + (2 * pair[:, None] // group) * out + column[None, :], mask=stored, other=0.0)
-        low, high = both & 15, both >> 4
-        low, high = low - 16 * (low > 7).to(tl.int32), high - 16 * (high > 7).to(tl.int32)
-        total = tl.dot(even, low.to(tl.float16) * steps, total)
-        total = tl.dot(odd, high.to(tl.float16) * steps, total)
+        steps = tl.load(scale + (2 * pair[:, None] // group) * out + column[None, :], mask=stored, other=0)
+        if fp4:
+            # So do those of a positive FP8, with exponents that are 8 higher.
+            positive = (steps.to(tl.int32) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+            steps = positive.to(tl.float32) * 256.0 * tl.load(whole)
+        total = tl.dot(even, _weights(both & 15, steps, fp4), total)
+        total = tl.dot(odd, _weights(both >> 4, steps, fp4), total)
     inside = (row[:, None] < rows) & (column[None, :] < out)
     tl.store(result + row[:, None] * out + column[None, :], total, mask=inside)
 
@@ -212,14 +226,23 @@ def gate_quantize(gate: Tensor, up: Tensor, step: Tensor, attributes: Attributes
 
 def int4_product(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """rows float16 [n, in] · codes packed [in / 2, out] with scale float16 [blocks, out] → float32 [n, out]."""
+    return _block_product(rows, packed, scale, None)
+
+
+def fp4_product(rows: Tensor, packed: Tensor, steps: Tensor, whole: Tensor) -> Tensor:
+    """The same with codes of FP4, steps [blocks, out] bytes of positive FP8, and whole [] float32 that they are of."""
+    return _block_product(rows, packed, steps, whole)
+
+
+def _block_product(rows: Tensor, packed: Tensor, scale: Tensor, whole: Tensor | None) -> Tensor:
     given = rows.contiguous()
     count, columns = given.shape
     out = packed.shape[1]
     result = torch.empty(count, out, dtype=torch.float32, device=given.device)
     block_rows, block_out, block_pairs = 16, 64, 32
-    _int4_product_kernel[(triton.cdiv(count, block_rows), triton.cdiv(out, block_out))](
-        given, packed, scale, result, count, columns, out, columns // len(scale),
-        block_rows=block_rows, block_out=block_out, block_pairs=block_pairs,
+    _block_product_kernel[(triton.cdiv(count, block_rows), triton.cdiv(out, block_out))](
+        given, packed, scale, _or(whole, scale), result, count, columns, out, columns // len(scale),
+        fp4=whole is not None, block_rows=block_rows, block_out=block_out, block_pairs=block_pairs,
     )  # fmt: skip
     return result
 

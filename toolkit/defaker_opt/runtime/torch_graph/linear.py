@@ -10,14 +10,14 @@ from torch import Tensor
 
 from defaker_opt.runtime.torch_graph.bitsandbytes import LLM_INT8, NF4_PRODUCT, OUTLIER_LINEAR
 from defaker_opt.runtime.torch_graph.graph import Graph, Node, Rewrite
-from defaker_opt.runtime.torch_graph.products import pack_int4
+from defaker_opt.runtime.torch_graph.products import pack_fp4, pack_int4
 
 _CODES = (torch.int8, torch.float8_e4m3fn)
 
 _LARGEST_INT8 = 127
 
 # Operators of ours that take a bias as their last input.
-_TAKE_BIAS = ("QuantizedLinear", "BlockLinear", "Nf4Linear", OUTLIER_LINEAR, "Linear")
+_TAKE_BIAS = ("QuantizedLinear", "BlockLinear", "Fp4Linear", "Nf4Linear", OUTLIER_LINEAR, "Linear")
 
 Match = Callable[[Graph, Node], Rewrite | None]
 
@@ -54,11 +54,9 @@ def _replacement(operator: str, node: Node, given: tuple[str, ...], stored: tupl
 
 def block_linear(graph: Graph, node: Node) -> Rewrite | None:
     """Cast(MatMul(Cast(x), decoded blocks of 4 bits)) → one product with weights of 4 bits."""
-    product = graph.producer(node.inputs[0], "MatMul") if node.operator == "Cast" else None
-    if product is None:
-        return None
-    narrow, weight = (graph.producers.get(name) for name in product.inputs)
-    if narrow is None or narrow.operator != "Cast" or not _decodes(weight):
+    product, x = _narrow_product(graph, node)
+    weight = graph.producers.get(product.inputs[1]) if product is not None else None
+    if product is None or not _decodes(weight):
         return None
     assert weight is not None
     codes, scale = (graph.constants.get(name) for name in weight.inputs[:2])
@@ -67,7 +65,34 @@ def block_linear(graph: Graph, node: Node) -> Rewrite | None:
     if not weight.attributes.get("block_size") or scale.dtype != torch.float16 or len(codes) % 2:
         return None
     named = dataclasses.replace(node, name=product.name)
-    return _replacement("BlockLinear", named, (narrow.inputs[0],), (pack_int4(codes), scale))
+    return _replacement("BlockLinear", named, (x,), (pack_int4(codes), scale))
+
+
+def _narrow_product(graph: Graph, node: Node) -> tuple[Node | None, str]:
+    """The MatMul that a Cast widens and what it multiplies, before a Cast narrows that."""
+    product = graph.producer(node.inputs[0], "MatMul") if node.operator == "Cast" else None
+    narrow = graph.producers.get(product.inputs[0]) if product is not None else None
+    return (product, narrow.inputs[0]) if narrow is not None and narrow.operator == "Cast" else (None, "")
+
+
+def fp4_linear(graph: Graph, node: Node) -> Rewrite | None:
+    """Cast(MatMul(Cast(x), Cast(blocks of FP4 decoded by decoded scales))) → one product with weights of 4 bits."""
+    product, x = _narrow_product(graph, node)
+    narrowed = graph.producers.get(product.inputs[1]) if product is not None else None
+    if product is None or narrowed is None or narrowed.operator != "Cast":
+        return None
+    weight = graph.producers.get(narrowed.inputs[0])
+    scale = graph.producers.get(weight.inputs[1]) if _decodes(weight) and weight is not None else None
+    if weight is None or scale is None or not _decodes(scale):
+        return None
+    stored = (graph.constants.get(name) for name in (weight.inputs[0], *scale.inputs[:2]))
+    codes, steps, whole = stored
+    if codes is None or steps is None or whole is None or whole.ndim or weight.attributes.get("axis") != 0:
+        return None
+    if steps.dtype != torch.float8_e4m3fn or len(codes) != weight.attributes["block_size"] * len(steps):
+        return None
+    named = dataclasses.replace(node, name=product.name)
+    return _replacement("Fp4Linear", named, (x,), (pack_fp4(codes), steps.view(torch.uint8), whole))
 
 
 def nf4_linear(graph: Graph, node: Node) -> Rewrite | None:
@@ -148,4 +173,4 @@ def _read_by(graph: Graph, name: str) -> set[str]:
     return found
 
 
-_WITHOUT_BIAS = {"QuantizedLinear": 3, "BlockLinear": 3, "Nf4Linear": 3, OUTLIER_LINEAR: 3, "Linear": 2}
+_WITHOUT_BIAS = {"QuantizedLinear": 3, "BlockLinear": 3, "Fp4Linear": 4, "Nf4Linear": 3, OUTLIER_LINEAR: 3, "Linear": 2}

@@ -1,7 +1,7 @@
 """ONNX operators as plain functions: (attributes, inputs …) → output.
 
 Inputs that are left out are None. What an operator reads on the host (sizes, axes, bounds) is a tensor on the CPU; the
-rest may lie on any device. Meanings are those of opset 20 and 21, https://onnx.ai/onnx/operators/.
+rest may lie on any device. Meanings are those of opset 20, 21 and 23, https://onnx.ai/onnx/operators/.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ product of a linear layer is handed on in. On a GPU:
 int8    torch._int_mm: exact sums in int32; scale and bias follow in float32
 fp8     torch._scaled_mm: sums in float32 without fast accumulation; with scale and bias inside if `compute` is bfloat16
 int4    Triton kernel for few rows; for many rows the weights are widened to float16 first, then one float16 product
+fp4     the same; tensor cores with products of FP4 itself (Blackwell's) want activations in FP4 too, and are not used
 """
 
 from __future__ import annotations
@@ -164,6 +165,45 @@ def block_linear(
         product = kernels.int4_product(rows.to(scale.dtype), packed, scale)
     else:
         product = (rows.to(scale.dtype) @ widen_int4(packed, scale)).float()
+    shifted = scale_and_shift(product, None, bias).to(attributes["compute"])
+    return shifted.reshape(*x.shape[:-1], -1)
+
+
+# FP4's sign, exponent and fraction in the places that float16 has them in, whose exponents are 14 higher.
+_FP4_SIGN, _FP4_REST, _FP4_SHIFT, _FP4_TIMES = -0x8000, 7, 9, 2.0**14
+
+
+def pack_fp4(numbers: Tensor) -> Tensor:
+    """Numbers of FP4 [in, out], as any floats → packed uint8 [in / 2, out], the lower half of a byte first."""
+    bits = (numbers.float() / _FP4_TIMES).half().view(torch.int16)
+    return pack_int4(((bits >> _FP4_SHIFT) & _FP4_REST) | (8 * (bits < 0)))
+
+
+def widen_fp4(packed: Tensor, steps: Tensor, whole: Tensor) -> Tensor:
+    """packed [in / 2, out], steps [groups, out] bytes of FP8, whole [] float32 → float32 [in, out]."""
+    codes = unpack_int4(packed).to(torch.int16)  # negative with the sign's bit
+    bits = (codes & _FP4_SIGN) | ((codes & _FP4_REST) << _FP4_SHIFT)
+    scale = steps.view(torch.float8_e4m3fn).float() * whole
+    numbers = bits.view(torch.float16).float() * _FP4_TIMES
+    return numbers * scale.repeat_interleave(len(codes) // len(scale), dim=0)
+
+
+def fp4_linear(
+    attributes: Attributes, x: Tensor, packed: Tensor, steps: Tensor, whole: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x [..., in] times codes of FP4 in blocks of rows, see `widen_fp4`. Returns [..., out] of `compute`.
+
+    On CUDA x and the weights are float16, as the graph says; on the CPU, as `block_linear`'s, both are float32.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if not rows.is_cuda:
+        product = rows.float() @ widen_fp4(packed, steps, whole)
+    elif len(rows) <= _FEW_ROWS:
+        from defaker_opt.runtime.torch_graph import kernels
+
+        product = kernels.fp4_product(rows.half(), packed, steps, whole)
+    else:
+        product = (rows.half() @ widen_fp4(packed, steps, whole).half()).float()
     shifted = scale_and_shift(product, None, bias).to(attributes["compute"])
     return shifted.reshape(*x.shape[:-1], -1)
 

@@ -22,6 +22,7 @@ TABLE = MappingProxyType(
         **OPERATORS,
         "Attention": Operator(products.attention),
         "BlockLinear": Operator(products.block_linear),
+        "Fp4Linear": Operator(products.fp4_linear),
         "GateQuantize": Operator(fused.gate_quantize),
         "Linear": Operator(products.linear),
         "LinearGeluQuantize": Operator(fused.linear_gelu_quantize),
@@ -60,6 +61,7 @@ def lower(graph: Graph, compute: torch.dtype) -> Graph:
     coded: tuple[linear.Match, ...] = (
         linear.quantized_linear,
         linear.block_linear,
+        linear.fp4_linear,
         linear.nf4_linear,
         linear.outlier_linear,
     )
