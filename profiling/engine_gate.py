@@ -1,7 +1,7 @@
 """Whether TensorRT reads the graphs of a full-size detector, and how large its engines are, without a GPU.
 
-Shapes and types are asked, not results: weights are random, rounded to nearest, and static ranges are about 1. Stages are
-written one after another and removed. `compile --check` does the same for a build that is there.
+Shapes and types are asked, not results: weights are random, rounded to nearest, and static ranges are about 1. Stages
+are written one after another and removed. `compile --check` does the same for a build that is there.
 
     python profiling/engine_gate.py --source defakerone-2b:random --recipes jetson-int8,jetson-int4,datacenter-fp8
 """

@@ -17,7 +17,7 @@ MOST_WAIT_MS = 1000.0
 # one scale a call, a verdict would depend on which pictures are beside it.
 BY_ROW = (
     *("matmul", "matmul_integer_token", "matmul_nbits", "matmul_bnb4"),
-    *("qdq_uint8", "qdq_int8", "qdq_fp8", "dq_int8", "dq_int4"),
+    *("qdq_uint8", "qdq_int8", "qdq_fp8", "dq_int8", "dq_int4", "dq_nvfp4"),
 )
 
 
