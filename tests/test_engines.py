@@ -453,6 +453,6 @@ def test_compile_without_a_gpu_or_for_a_cpu_build_says_what_to_do(int8_engines: 
     assert done.returncode == 2
     assert "made for target cpu, which onnx_runtime runs without engines" in done.stderr
     done = defaker_opt("compile", int8_engines, "--check", "--sm", "SM87")
-    assert done.returncode == 2 and "--sm: 'SM87' is not one of SM80, SM86, SM89" in done.stderr
+    assert done.returncode == 2 and "--sm: 'SM87' is not one of SM120, SM80, SM86, SM89" in done.stderr
     done = defaker_opt("compile", int8_engines, "--sm", "SM89")
     assert done.returncode == 2 and "--sm: engines are built for the GPU that is here" in done.stderr
