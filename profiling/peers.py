@@ -4,6 +4,7 @@ float, and what making them takes.
     python profiling/peers.py [--source reference] [--stages vision_encoder language mask_encoder] [--quick]
     python profiling/peers.py --source defakerone-2b:random --stages vision_encoder mask_encoder --tiles 1 --pictures 4
     python profiling/peers.py --source defakerone-2b:random,layers=4 --stages language --tokens 1000 --pictures 4
+    python profiling/peers.py --forms 'ours, int8' 'NNCF, OpenVINO'
 
 Every form is made from the float graph that we export and the same calibration calls, in a process of its own; `made`
 is its seconds without imports, `peak` its largest memory. Runs take turns: each round runs every form of a stage once,
@@ -139,7 +140,7 @@ def contest(detector: Detector, stage: str, folder: Path, given: argparse.Namesp
     for number, call in enumerate(calls):
         np.savez(folder / f"calibration-{number:04d}.npz", **call)
     rows: dict[str, dict[str, Any]] = {"float32": {}}
-    for name in (*OURS, *PEERS):
+    for name in given.forms:
         print(f"{stage}: {name}", file=sys.stderr)
         rows[name] = made(name, given.source, stage, folder)
     runs = {}
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=32, help="calls for calibration, and as many for the error")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--forms", nargs="+", choices=(*OURS, *PEERS), default=(*OURS, *PEERS), help="beside float32")
     parser.add_argument("--quick", action="store_true", help="8 calls and 7 rounds")
     parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

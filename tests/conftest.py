@@ -57,21 +57,22 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "builds"
 
 
-def shared_build(builds: Path, recipe: str) -> Path:
-    """The build of a recipe; a lock file keeps two workers from making it at once.
+def shared_build(builds: Path, recipe: str, target: str = "") -> Path:
+    """The build of a recipe, for its own target or another; a lock file keeps two workers from making it at once.
 
     Its cache knows no statistics, whatever was made on this machine before: what making it costs is tested too.
     """
     import fcntl
 
     builds.mkdir(exist_ok=True)
-    output = builds / recipe
-    with (builds / f"{recipe}.lock").open("w") as lock:
+    output = builds / (f"{recipe}-{target}" if target else recipe)
+    with (builds / f"{output.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if output.exists():
             return output
-        cache = cache_without_statistics(builds / f"{recipe}.cache")
-        return make_build(recipe, output, env={**os.environ, "DEFAKER_CACHE_DIR": str(cache)})
+        cache = cache_without_statistics(builds / f"{output.name}.cache")
+        chosen = ("--target", target) if target else ()
+        return make_build(recipe, output, *chosen, env={**os.environ, "DEFAKER_CACHE_DIR": str(cache)})
 
 
 def cache_without_statistics(folder: Path) -> Path:

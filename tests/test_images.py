@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional
 
+from defaker_opt.runtime import images
 from defaker_opt.runtime.images import full_size_mask, image_tiles, mask_image, resized_rows, tile_grid
 from defaker_opt.sample import sample_image
 from tests.reference.images import normalize_plain, tiles_plain
@@ -63,3 +66,15 @@ def test_masks_are_resized_as_torch_resizes_them(size: tuple[int, int], mask_siz
     assert mask.shape == (height, width)
     decided = np.abs(expected) > 1e-4
     np.testing.assert_array_equal(mask[decided], (expected > 0)[decided])
+
+
+def test_warnings_stay_off_while_any_thread_decodes_and_come_back_after() -> None:
+    """Filters are the process's, so the first who leaves must not restore them for the others."""
+    before = list(warnings.filters)
+    with images._QUIET:
+        with images._QUIET:
+            pass
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.warn("large", Image.DecompressionBombWarning, stacklevel=1)
+        assert not seen
+    assert warnings.filters == before

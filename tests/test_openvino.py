@@ -26,15 +26,14 @@ from defaker_opt.runtime.backends import find_backend
 from defaker_opt.runtime.backends.openvino import open_stage
 from defaker_opt.runtime.recording import record_calls
 from defaker_opt.sample import sample_image
-from tests.conftest import ROOT, defaker_opt, make_build
+from tests.conftest import ROOT, defaker_opt, shared_build
 
 RECIPES = ("float32", "int8", "int8-static")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("openvino")
-    return {recipe: make_build(recipe, folder / recipe, "--target", "x86-openvino") for recipe in RECIPES}
+def made(builds: Path) -> dict[str, Path]:
+    return {recipe: shared_build(builds, recipe, "x86-openvino") for recipe in RECIPES}
 
 
 def session_of(build: Path, **options: object) -> Session:

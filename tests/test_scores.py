@@ -24,15 +24,17 @@ from defaker_opt.histogram import EDGES, input_scale
 from defaker_opt.methods import Need
 from defaker_opt.never_slower import Timing, keep_float
 from defaker_opt.observe import recorded
+from defaker_opt.observe import sweep as sweep_module
 from defaker_opt.observe.inputs import StageInput, calibration_inputs
 from defaker_opt.observe.sweep import observe_layers
 from defaker_opt.passes.quantize import Quantize, Rule
 from defaker_opt.recipe import load_recipe
 from defaker_opt.runtime.build import open_build
 from defaker_opt.samples import Samples, load_samples
+from defaker_opt.spool import SpooledCodes, SpooledScales
 from defaker_opt.stage_build import fill_stage_
 from defaker_opt.target import load_target
-from tests.conftest import make_build, shared_build
+from tests.conftest import ROOT, shared_build
 
 # One attention of each kind: of tiles, of a decoder with fewer keys than queries, in windows with pooled queries.
 ATTENTIONS = [
@@ -40,6 +42,8 @@ ATTENTIONS = [
     "language.layers.2.self_attn",
     "mask_encoder.trunk.blocks.1.attn",
 ]
+# One stage is enough to ask which ranges are found.
+CODED_TILES = Quantize((Rule("vision_encoder.*", "int8-static"), Rule("*", "float")), scores="mse")
 SEEN: tuple[Need, ...] = ("histogram", "largest")
 CODED = ("vision_encoder", "language", "mask_encoder")
 
@@ -109,9 +113,9 @@ def test_watching_changes_nothing_and_ends_with_an_error_too(samples: Samples) -
 
 
 @pytest.fixture(scope="module")
-def coded_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def coded_build(builds: Path) -> Path:
     pytest.importorskip("openvino")
-    return make_build("int8-static", tmp_path_factory.mktemp("scores") / "coded", "--target", "x86-openvino")
+    return shared_build(builds, "int8-static", "x86-openvino")
 
 
 def test_every_attention_of_the_coded_stages_has_both_ranges(coded_build: Path) -> None:
@@ -190,24 +194,65 @@ def outputs_of(module: nn.Module, call: StageInput) -> np.ndarray:
     return first
 
 
-def test_a_pass_that_goes_on_finds_the_same_ranges(samples: Samples) -> None:
+def test_a_pass_that_goes_on_finds_the_same_ranges(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of a run that was killed are there already; ranges are not kept with them."""
-    (whole,) = load_recipe("int8-static").passes
-    assert isinstance(whole, Quantize)
     first, second = (replace(load_detector("reference"), codes={}, operand_scales={}) for _ in range(2))
-    whole.apply(first, lambda what, fraction: None, samples)
+    CODED_TILES.apply(first, lambda what, fraction: None, samples)
     second.codes.update(first.codes)
-    whole.apply(second, lambda what, fraction: None, samples)
-    assert first.operand_scales == second.operand_scales and len(first.operand_scales) > 10
+    monkeypatch.setattr(sweep_module, "open_cache", lambda *given: None)
+    CODED_TILES.apply(second, lambda what, fraction: None, samples)
+    assert first.operand_scales == second.operand_scales and len(first.operand_scales) == 4
+
+
+def test_ranges_that_are_kept_are_not_looked_for_again(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As when a job is run again after it was killed: codes and ranges are in files."""
+    kept = SpooledScales(tmp_path / "operands.json")
+    first = replace(load_detector("reference"), codes=SpooledCodes(tmp_path / "codes"), operand_scales=kept)
+    whole = CODED_TILES.apply(first, lambda what, fraction: None, samples)
+    again = SpooledScales(tmp_path / "operands.json")
+    assert dict(again) == dict(kept) and len(again) == 4
+    second = replace(load_detector("reference"), codes=SpooledCodes(tmp_path / "codes"), operand_scales=again)
+    monkeypatch.setattr(sweep_module, "open_cache", lambda *given: None)
+    monkeypatch.setattr(sweep_module, "tile_inputs", lambda *given: pytest.fail("looked again"))
+    assert CODED_TILES.apply(second, lambda what, fraction: None, samples) == whole
+    del again[next(iter(again))]
+    assert len(SpooledScales(tmp_path / "operands.json")) == 3
+
+
+def test_what_was_seen_of_layers_serves_recipes_without_scores_too(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DEFAKER_CACHE_DIR", str(tmp_path))
+    with_scores, without = (replace(load_detector("reference"), codes={}, operand_scales={}) for _ in range(2))
+    CODED_TILES.apply(with_scores, lambda what, fraction: None, samples)
+    monkeypatch.setattr(sweep_module, "tile_inputs", lambda *given: pytest.fail("looked again"))
+    replace(CODED_TILES, scores=None).apply(without, lambda what, fraction: None, samples)
+    assert not without.operand_scales
+    assert {n: c.input_scale for n, c in without.codes.items()} == {
+        n: c.input_scale for n, c in with_scores.codes.items()
+    }
+
+
+def test_a_stage_without_blocks_has_ranges_too(samples: Samples, tmp_path: Path) -> None:
+    detector = replace(load_detector("reference"), codes={}, operand_scales={})
+    whole = Quantize((Rule("mask_decoder.transformer.*", "int8-static"), Rule("*", "float")), scores="mse")
+    whole.apply(detector, lambda what, fraction: None, samples)
+    assert tuple(detector.operand_scales) == attention_modules(detector.config, "mask_decoder")
+    graph = traced_stage(detector, "mask_decoder")
+    fill_stage_(graph, detector, load_target("x86-openvino"))
+    (file, *_) = write_graph(graph, tmp_path)
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    rounded = [node.name for node in nodes if node.op_type == "QuantizeLinear" and ".operand_" in node.name]
+    assert len(rounded) == 2 * len(detector.operand_scales)
 
 
 def test_clips_decide_how_far_codes_reach(samples: Samples) -> None:
-    (whole,) = load_recipe("int8-static").passes
-    assert isinstance(whole, Quantize)
     found: dict[str, Detector] = {}
     for clip in ("largest", "mse"):
         found[clip] = replace(load_detector("reference"), codes={}, operand_scales={})
-        replace(whole, scores=clip).apply(found[clip], lambda what, fraction: None, samples)  # type: ignore[arg-type]
+        replace(CODED_TILES, scores=clip).apply(found[clip], lambda what, fraction: None, samples)  # type: ignore[arg-type]
     far, near = (np.array(list(found[clip].operand_scales.values())) for clip in ("largest", "mse"))
     assert (near <= far * (1 + 1e-9)).all() and (near < far).any()
     assert input_scale(np.eye(len(EDGES) - 1)[700], "largest") == EDGES[701] / 127
@@ -224,7 +269,7 @@ def test_scores_without_static_layers_are_refused() -> None:
 
 
 def test_an_unknown_clip_is_named(tmp_path: Path) -> None:
-    text = Path("recipes/int8-static.yaml").read_text().replace("scores: mse", "scores: widest")
+    text = (ROOT / "recipes" / "int8-static.yaml").read_text().replace("scores: mse", "scores: widest")
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(DefakerError, match=r"scores: .widest. is not one of entropy, largest, mse, percentile"):
         load_recipe(str(tmp_path / "mine.yaml"))

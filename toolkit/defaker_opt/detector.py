@@ -52,7 +52,7 @@ class Detector:
     codes: MutableMapping[str, QuantizedWeight] = field(default_factory=dict)
     savings: Savings = EVERY_SAVING
     scales: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    operand_scales: dict[str, tuple[float, float]] = field(default_factory=dict)
+    operand_scales: MutableMapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def spec(self, stage: str) -> StageSpec:
         """The contract of one stage."""

@@ -48,17 +48,17 @@ from defaker_opt.runtime.self_test import expected_outputs
 from defaker_opt.runtime.session import open_session
 from defaker_opt.sample import sample_image
 from defaker_opt.samples import Samples, load_samples, require_named
-from defaker_opt.spool import SpooledCodes
+from defaker_opt.spool import SpooledCodes, SpooledScales
 from defaker_opt.stage_build import build_stage
 from defaker_opt.target import Target, require_backend
 from defaker_opt.words import end_tokens, tokenizer_digest
 
 _PASSES_SHARE = 0.1
-# Beside the build's own files, the folder for unfinished work has the job's key, the codes of quantized weights, and a
-# receipt for each finished stage.
+# Beside the build's own files, the folder for unfinished work has the job's key, the codes of quantized weights, the
+# ranges of queries and keys, and a receipt for each finished stage.
 _CONTENT = "build"
 _PLAN = "plan.json"
-_CODES = "codes"
+_CODES, _OPERANDS = "codes", "operands.json"
 _TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
 # What also decides a build's numbers, by backend of its target.
 _TOOLS_OF = {"openvino": ("openvino",)}
@@ -230,7 +230,12 @@ def _prepare(work: Path, job: Job) -> None:
 
 def _apply_passes(job: Job, work: Path, progress: Progress) -> tuple[Detector, list[dict[str, Any]]]:
     """The detector as the recipe makes it, and what each pass did."""
-    detector = dataclasses.replace(job.detector, codes=SpooledCodes(work / _CODES), savings=job.recipe.savings)
+    detector = dataclasses.replace(
+        job.detector,
+        codes=SpooledCodes(work / _CODES),
+        operand_scales=SpooledScales(work / _OPERANDS),
+        savings=job.recipe.savings,
+    )
     passes = []
     size = _PASSES_SHARE / max(1, len(job.recipe.passes))
     for index, each in enumerate(job.recipe.passes):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from defaker_opt.files import read_json_object, write_json
 from defaker_opt.methods import QuantizedWeight, Scheme, parse_scheme
 
 _CODES, _SCALE, _ZERO, _FACTOR = ".codes.npy", ".scale.npy", ".zero.npy", ".factor.npy"
@@ -71,6 +72,32 @@ class SpooledCodes(MutableMapping[str, QuantizedWeight]):
 
     def _place(self, name: str, scheme: Scheme) -> Path:
         return self.folder / f"{name}.{scheme}"
+
+
+class SpooledScales(MutableMapping[str, tuple[float, float]]):
+    """Name of an attention → the steps of its queries and keys, in one small file. Damaged, it holds nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        kept = read_json_object(path) or {}
+        self.steps: dict[str, tuple[float, float]] = {name: (float(q), float(k)) for name, (q, k) in kept.items()}
+
+    def __getitem__(self, name: str) -> tuple[float, float]:
+        return self.steps[name]
+
+    def __setitem__(self, name: str, steps: tuple[float, float]) -> None:
+        self.steps[name] = steps
+        write_json(self.path, self.steps)
+
+    def __delitem__(self, name: str) -> None:
+        del self.steps[name]
+        write_json(self.path, self.steps)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
 def _load_if_there(path: Path) -> NDArray[Any] | None:

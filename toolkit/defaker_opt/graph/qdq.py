@@ -67,7 +67,7 @@ class _StaticCodes:
 
     def __call__(self, graph: ir.Graph, layer: Layer) -> tuple[list[ir.Node], Quantized]:
         scale = constant_(graph, f"{layer.name}.input_scale", np.float32(self.step))
-        zero = constant_(graph, "input_zero", _ZERO[self.encoding])
+        zero = constant_(graph, f"{self.encoding}.zero", _ZERO[self.encoding])
         node = ir.node("QuantizeLinear", [layer.x, scale, zero], name=f"{layer.name}.quantize")
         return [node], (node.outputs[0], scale, zero)
 
@@ -127,7 +127,7 @@ def code_operands_(graph: ir.Graph, scales: Mapping[str, tuple[float, float]]) -
 
     Raises AssertionError if one of them has no such product in the graph.
     """
-    zero = constant_(graph, "input_zero", _ZERO["qdq_int8"])
+    zero = constant_(graph, "qdq_int8.zero", _ZERO["qdq_int8"])
     found = set()
     for node in [node for node in graph if node.op_type == "MatMul" and all(map(_is_activation, node.inputs))]:
         attention = (node.name or "").partition("/")[0]

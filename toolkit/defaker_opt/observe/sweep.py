@@ -101,9 +101,8 @@ class Sweep:
 
     def _block(self, place: str, block: nn.Module, line: Line) -> Iterator[Group]:
         """Show the layers of a block."""
-        layers = {f"{place}.{n}.weight": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        operands = {f"{place}.{n}.{operand}": m for n, m in block.named_modules() for operand in OPERANDS}
-        layers.update({name: module for name, module in operands.items() if name in self.needs})
+        linear = {f"{place}.{n}.weight": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        layers = {**linear, **self._operands(place, block)}
         coded = self.foregone(layers) if any(self.needs.get(layer) for layer in layers) else None
 
         def see(collector: Collector) -> None:
@@ -117,12 +116,23 @@ class Sweep:
         yield self._group(line.stage, layers, see, coded)
         self._passed(line.stage, layers)
 
+    def _operands(self, place: str, module: nn.Module) -> dict[str, nn.Module]:
+        """Attentions within a module by the names of their operands that are asked for."""
+        return {
+            name: inner
+            for path, inner in module.named_modules()
+            for operand in OPERANDS
+            if (name := f"{place}.{path}.{operand}") in self.needs
+        }
+
     def _outside(self, names: list[str], line: Line) -> Iterator[Group]:
         """Show the layers that are in no block."""
         if not names:
             return
         start = f"{line.stage}."
         layers = {name: line.module.get_submodule(name.removeprefix(start).removesuffix(".weight")) for name in names}
+        if not line.path:
+            layers.update(self._operands(line.stage, line.module))
 
         def see(collector: Collector) -> None:
             states = line.arrive()
@@ -150,17 +160,27 @@ class Sweep:
 
         coded: what their block has in their place while they are looked at, None for its original weights.
         """
-        codes = self.detectors[0].codes
-        needs = {name: self.needs[name] for name in layers if self.needs.get(name) and name not in codes}
-        found = self.cache.read(stage, needs, coded) if self.cache and needs else None
-        if found is None:
-            collector = Collector(needs)
-            if needs:
-                see(collector)
-            found = collector.found()
-            if self.cache and needs:
-                self.cache.keep(stage, needs, found, coded)
+        known = {*self.detectors[0].codes, *self._known_operands()}
+        needs = {name: self.needs[name] for name in layers if self.needs.get(name) and name not in known}
+        # Recipes that differ in whether scores are codes share what was seen of layers.
+        parts = [{n: w for n, w in needs.items() if _is_operand(n) == operand} for operand in (False, True)]
+        found: Group = {}
+        missing = []
+        for part in filter(None, parts):
+            kept = self.cache.read(stage, part, coded) if self.cache else None
+            found.update(kept or {})
+            missing += [] if kept else [part]
+        if missing:
+            collector = Collector({name: wanted for part in missing for name, wanted in part.items()})
+            see(collector)
+            found.update(collector.found())
+            for part in missing:
+                if self.cache:
+                    self.cache.keep(stage, part, {name: found[name] for name in part}, coded)
         return {name: found[name] if name in needs else NOTHING_SEEN for name in layers}
+
+    def _known_operands(self) -> set[str]:
+        return {f"{attention}.{operand}" for attention in self.detectors[0].operand_scales for operand in OPERANDS}
 
     def _passed(self, stage: str, layers: Iterable[str]) -> None:
         """What comes now sees what these layers give with the codes that they have got."""
@@ -176,3 +196,7 @@ class Sweep:
             maps = [encoder(*call.tensors) for call in whole_inputs(detector, samples)]
             inputs.append([StageInput((*each, answers[2 * i + 1][1])) for i, each in enumerate(maps)])
         return inputs
+
+
+def _is_operand(name: str) -> bool:
+    return name.rpartition(".")[2] in OPERANDS

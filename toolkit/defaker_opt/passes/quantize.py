@@ -106,7 +106,7 @@ class Quantize:
         quantized = {name: str(detector.codes[name].scheme) for name in weights if name in detector.codes}
         left = {name: self._why_float(name, shape) for name, shape in weights.items() if name not in quantized}
         notes = {"quantized": quantized, "left_in_float": {**left, **_never_quantized(detector.config)}}
-        scales = {name: list(steps) for name, steps in detector.operand_scales.items()}
+        scales = {name: list(detector.operand_scales[name]) for name in self.attentions(detector.config)}
         return PassResult({**notes, **({"operand_scales": scales} if self.scores else {})})
 
     def attentions(self, config: DetectorConfig) -> tuple[str, ...]:
@@ -117,10 +117,11 @@ class Quantize:
         return coded_attentions(config, {n: rule is not None and rule.coded for n, rule in rules.items()})
 
     def scale_operands_(self, detector: Detector, group: Mapping[str, Statistics]) -> None:
-        """Note the ranges of attentions that are in a group."""
-        for attention in {name.rpartition(".")[0] for name in group if name.rpartition(".")[2] in OPERANDS}:
-            assert self.scores is not None, "nobody else asks for operands"
-            detector.operand_scales[attention] = operand_scales(attention, group, self.scores)
+        """Note the ranges of attentions that are in a group; those of a run that was killed are there already."""
+        for attention in self.attentions(detector.config):
+            if f"{attention}.{OPERANDS[0]}" in group and attention not in detector.operand_scales:
+                assert self.scores is not None, "nobody else asks for operands"
+                detector.operand_scales[attention] = operand_scales(attention, group, self.scores)
 
     def _groups(
         self,

@@ -9,8 +9,8 @@ from defaker_opt.planning.formulas import stage_blocks
 
 # Kernels and names of an engine beside its weights: of each block, and of the rest. Bytes, fitted to what TensorRT for
 # RTX 1.7 made of the embedded detector and of DeFakerOne-2B (`profiling/engine_gate.py`); TensorRT itself may differ.
-_BLOCK_BYTES = {"vision_encoder": 0.91e6, "language": 1.65e6, "mask_encoder": 0.63e6}
-_REST_BYTES = {"vision_encoder": 2.7e6, "language": 2.7e6, "mask_encoder": 4.2e6, "mask_decoder": 7.9e6}
+_BLOCK_BYTES = {"vision_encoder": 1.22e6, "language": 2.0e6, "mask_encoder": 0.77e6}
+_REST_BYTES = {"vision_encoder": 2.4e6, "language": 1.7e6, "mask_encoder": 3.6e6, "mask_decoder": 7.9e6}
 _OTHER_BYTES = 1e6
 
 

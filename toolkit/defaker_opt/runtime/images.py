@@ -6,6 +6,7 @@ channel is dropped, of an animation the first frame counts. What that conversion
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,34 @@ IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
+class _Quiet:
+    """Without warnings of Pillow's while any thread decodes: they are kept for the whole process, so the first thread
+    that comes turns them off, and the last that leaves restores what there was.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._before = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                warnings.simplefilter("ignore", UserWarning)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._before.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
+
+
 def load_image(path: Path | str) -> Image.Image:
     """Decode a picture to RGB. Raises ImageError if it is missing, empty, truncated, too large or not a picture."""
     return decode_image(path, path)
@@ -37,12 +66,9 @@ def load_image(path: Path | str) -> Image.Image:
 def decode_image(source: Path | str | BinaryIO, path: Path | str) -> Image.Image:
     """`load_image` for a picture that may lie within another file; path: what messages call it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)
-            with Image.open(source) as image:
-                _refuse_unsafe(path, image)
-                return image.convert("RGB")
+        with _QUIET, Image.open(source) as image:
+            _refuse_unsafe(path, image)
+            return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: too many pixels; at most {MAX_PIXELS:,} are read, scale it down first") from error
     except UnidentifiedImageError as error:

@@ -125,8 +125,8 @@ def _open(file: Path, settings: onnxruntime.SessionOptions, options: Mapping[str
         session = onnxruntime.InferenceSession(str(file), settings, providers=list(dict.fromkeys([*providers, _CPU])))
     except native.NotImplemented as error:
         raise BuildError(
-            f"{file}: onnxruntime {onnxruntime.__version__} has no operator for its codes here ({error}); run the "
-            "build without --backend, or on a GPU with: --backend torch_cuda"
+            f"{file}: onnxruntime {onnxruntime.__version__} has no operator for its codes here ({error}); FP4 is "
+            "run by torch: without --backend, or with --backend torch_cuda"
         ) from error
     except OPEN_ERRORS as error:
         raise BuildError(f"{file}: onnxruntime {onnxruntime.__version__} cannot open it ({error})") from error
