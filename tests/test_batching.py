@@ -26,7 +26,7 @@ from defaker_opt.errors import EXIT_INTERRUPTED, BuildError, DefakerError
 from defaker_opt.methods import parse_scheme
 from defaker_opt.runtime import Session, Verdict, open_build, open_session
 from defaker_opt.runtime.at_once import BY_ROW, session_at_once
-from defaker_opt.runtime.backends import Choice, Tensors
+from defaker_opt.runtime.backends import Choice, OpenStage, Tensors
 from defaker_opt.runtime.backends.onnx_runtime import open_stage
 from defaker_opt.runtime.batching import BatchingSession, Company, Meeting
 from defaker_opt.runtime.build import MANIFEST, SEAL, Build, Manifest, json_text, seal
@@ -120,6 +120,18 @@ class Watched(threading.Condition):
         return predicate()
 
 
+def leader_and_follower(
+    threads: ThreadPoolExecutor, meeting: Meeting, changed: Watched, opened: OpenStage, given: tuple[Tensors, Tensors]
+) -> list[Future[dict[str, Any]]]:
+    """Two calls of which the second meets the first while that waits; then its time is over."""
+    leader = threads.submit(meeting.call, opened, given[0], ("twice",))
+    assert changed.waiting.wait(LONG_S)
+    follower = threads.submit(meeting.call, opened, given[1], ("twice",))
+    until_gathered(meeting, 2)
+    changed.over.set()
+    return [leader, follower]
+
+
 def test_alone_a_picture_waits_as_long_as_allowed_and_goes() -> None:
     stage, changed = Doubling(), Watched()
     changed.over.set()
@@ -132,12 +144,7 @@ def test_those_who_came_until_then_go_together_and_the_next_begins_anew() -> Non
     stage, changed = Doubling(), Watched()
     meeting = Meeting(Company(7.0, pictures=4, tiles=100), changed)
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(meeting.call, stage, tiles_of(1, 1), ("twice",))
-        assert changed.waiting.wait(LONG_S)
-        second = threads.submit(meeting.call, stage, tiles_of(2, 2), ("twice",))
-        until_gathered(meeting, 2)
-        changed.over.set()
-        ended([first, second])
+        ended(leader_and_follower(threads, meeting, changed, stage, (tiles_of(1, 1), tiles_of(2, 2))))
     meeting.call(stage, tiles_of(3, 3), ("twice",))
     assert stage.calls == [3, 3]
     assert changed.timeouts == [0.007, 0.007], "only those who came first wait, and a follower's wait ends with theirs"
@@ -194,11 +201,8 @@ def test_nobody_waits_for_a_thread_that_was_interrupted(where: str) -> None:
 
     meeting = Meeting(Company(LONG_MS, pictures=3, tiles=100), changed)
     with ThreadPoolExecutor(2) as threads:
-        leader = threads.submit(meeting.call, interrupt_once, tiles_of(1, 1), ("twice",))
-        assert changed.waiting.wait(LONG_S)
-        follower = threads.submit(meeting.call, interrupt_once, tiles_of(2, 1), ("twice",))
-        until_gathered(meeting, 2)
-        changed.over.set()
+        given = (tiles_of(1, 1), tiles_of(2, 1))
+        leader, follower = leader_and_follower(threads, meeting, changed, interrupt_once, given)
         assert isinstance(leader.exception(LONG_S), KeyboardInterrupt)
         assert float(follower.result(LONG_S)["twice"][0, 0]) == 4
     assert meeting._gathering is None and stage.calls == [1]

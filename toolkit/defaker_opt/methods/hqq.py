@@ -44,8 +44,9 @@ class Hqq:
             grid = _fitted(aim, codes, scheme)
             beta *= self.growth
             # Scales of NVFP4 are far apart: the way goes between them, what counts is the error on the nearest one.
-            there = usable(grid.scale * steps[..., 0], scheme, unit) / steps[..., 0]
-            kept = Grid(there, grid.zero) if scheme.number == "nvfp" else grid
+            kept = grid
+            if scheme.number == "nvfp":
+                kept = Grid(usable(grid.scale * steps[..., 0], scheme, unit) / steps[..., 0], grid.zero)
             distance = self._distance(values, kept, scheme)
             better = distance < least
             least = np.where(better, distance, least)

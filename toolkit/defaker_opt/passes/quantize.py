@@ -118,8 +118,9 @@ class Quantize:
 
     def scale_operands_(self, detector: Detector, group: Mapping[str, Statistics]) -> None:
         """Note the ranges of attentions that are in a group; those of a run that was killed are there already."""
-        for attention in self.attentions(detector.config):
-            if f"{attention}.{OPERANDS[0]}" in group and attention not in detector.operand_scales:
+        for name in group:
+            attention, _, operand = name.rpartition(".")
+            if operand == OPERANDS[0] and attention not in detector.operand_scales:
                 assert self.scores is not None, "nobody else asks for operands"
                 detector.operand_scales[attention] = operand_scales(attention, group, self.scores)
 

@@ -29,7 +29,7 @@ TORCH = "torch_cuda"
 
 # Run the graphs of builds whose backend cannot run here, as they are written: the second has the codes that the first
 # has no operator for on a CPU (onnxruntime 1.31.1).
-_UNCOMPILED = Choice("onnx_runtime", {"as_written": True})
+_UNCOMPILED = Choice("onnx_runtime")
 _ON_CPU = Choice(TORCH, {"device": "cpu", "compute": "float32"})
 _ON_CPU_BY_TORCH = "nvfp4"
 
