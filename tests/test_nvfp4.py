@@ -260,6 +260,7 @@ def test_on_the_device_codes_stay_packed(tmp_path: Path) -> None:
     path, _ = written(codes, tmp_path)
     graph = lower(read_graph(path), torch.bfloat16)
     assert count_operators(graph) == {"Fp4Linear": 1}
+    torch_cuda.check_codes(path, graph, (8, 0))  # its scales are FP8, but nothing multiplies them by FP8
     program = Program(graph, torch.device("cpu"))
     stored = {**program._resident, **program.graph.constants}
     assert sum(tensor.nbytes for tensor in stored.values()) == 320 * 640 * 9 // 16 + 4
@@ -334,7 +335,7 @@ def test_tensorrt_for_rtx_builds_it_for_blackwell_alone(sm: str, refused: str, t
         assert not built.refused and 2048 * 2048 * 9 // 16 < built.bytes < 2048 * 2048
 
 
-@pytest.mark.parametrize(("backend", "sm", "least"), [("tensor_rt", "90", 100), ("torch_cuda", "80", 89)])
+@pytest.mark.parametrize(("backend", "sm", "least"), [("tensor_rt", "90", 100), ("torch_cuda", "75", 80)])
 def test_a_target_without_it_in_its_gpu_is_refused(backend: str, sm: str, least: int, tmp_path: Path) -> None:
     data = yaml.safe_load(yaml_names("profiling/targets")["agx-thor"].read_text())
     data |= {"backend": backend}

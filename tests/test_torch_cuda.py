@@ -19,7 +19,7 @@ from defaker_opt.runtime.backends.torch_cuda import check_codes, find_device
 from defaker_opt.runtime.cuda import has_gpu
 from defaker_opt.runtime.engines import backend_of
 from defaker_opt.runtime.torch_graph.array import DeviceArray
-from defaker_opt.runtime.torch_graph.graph import Graph
+from defaker_opt.runtime.torch_graph.graph import Graph, Node
 from defaker_opt.sample import sample_image
 from defaker_opt.target import load_target
 from tests.conftest import ROOT, defaker_opt, shared_build
@@ -177,9 +177,10 @@ def test_an_unknown_compute_type_is_refused(float_build: Path) -> None:
 
 
 def test_fp8_needs_ada_or_hopper(tmp_path: Path) -> None:
-    graph = Graph((), {"layer.codes": torch.zeros(2).to(torch.float8_e4m3fn)}, (), ())
+    layer = Node("QuantizedLinear", "layer", ("x", "codes"), "y")
+    graph = Graph((layer,), {"codes": torch.zeros(2).to(torch.float8_e4m3fn)}, ("x",), ("y",))
     check_codes(tmp_path, graph, (8, 9))
-    with pytest.raises(BuildError, match=r"layer\.codes is FP8, .* from SM 8\.9 on, .* SM 8\.0; make an INT8 build"):
+    with pytest.raises(BuildError, match=r"layer multiplies FP8, .* from SM 8\.9 on, .* SM 8\.0; make an INT8 build"):
         check_codes(tmp_path, graph, (8, 0))
 
 

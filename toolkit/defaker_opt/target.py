@@ -27,9 +27,9 @@ ENCODINGS = {
     "int8-outlier": ("llm_int8",),
 }
 
-# The first compute capabilities with FP8, in products or as scales, Ada's; and with FP4 in engines, Blackwell's, as
-# torch decodes it itself.
-_FIRST_SM = {"fp8-static": 89, "nvfp4": 89}
+# The first compute capabilities with products of FP8, Ada's, and with FP4 in engines, Blackwell's. Torch's backend
+# decodes FP4 by shifting bits; its kernels are compiled for Ampere and later.
+_FIRST_SM = {"fp8-static": 89, "nvfp4": 80}
 _FIRST_SM_OF_ENGINES = {**_FIRST_SM, "nvfp4": 100}
 
 # Backends that targets may name for planning before this version can run them.

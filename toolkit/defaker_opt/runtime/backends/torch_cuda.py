@@ -50,10 +50,11 @@ def open_stage(file: Path, spec: StageSpec, options: Mapping[str, Any]) -> OpenS
         raise BuildError(f"target: session.compute: {one_of(compute, COMPUTE)}")
     graph = read_graph(file)
     require_library(graph)
+    lowered = lower(graph, COMPUTE[compute])
     if device.type == "cuda":
-        check_codes(file, graph, torch.cuda.get_device_capability(device))
+        check_codes(file, lowered, torch.cuda.get_device_capability(device))
         _require_kernels()
-    return Stage(spec, lower(graph, COMPUTE[compute]), device)
+    return Stage(spec, lowered, device)
 
 
 def find_device(name: str) -> torch.device:
@@ -74,12 +75,16 @@ def find_device(name: str) -> torch.device:
 
 
 def check_codes(file: Path, graph: Graph, capability: tuple[int, int]) -> None:
-    """Raise BuildError if a stage has FP8 codes and the GPU's compute capability has no products of them."""
-    fp8 = next((name for name, tensor in graph.constants.items() if tensor.dtype == torch.float8_e4m3fn), None)
+    """Raise BuildError if a lowered stage multiplies FP8 and the GPU's compute capability has no products of it.
+
+    Scales of NVFP4 are no reason: once lowered they are bytes, which any GPU decodes.
+    """
+    stored = {name for name, tensor in graph.constants.items() if tensor.dtype == torch.float8_e4m3fn}
+    fp8 = next((node.name for node in graph.nodes if stored.intersection(node.inputs)), None)
     if fp8 is not None and capability < _FP8_CAPABILITY:
         have, want = (".".join(map(str, each)) for each in (capability, _FP8_CAPABILITY))
         raise BuildError(
-            f"{file}: {fp8} is FP8, which needs a GPU from SM {want} on, and this one is SM {have}; "
+            f"{file}: {fp8} multiplies FP8, which needs a GPU from SM {want} on, and this one is SM {have}; "
             "make an INT8 build for it: defaker-opt quantize --recipe datacenter-int8"
         )
 
