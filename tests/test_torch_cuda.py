@@ -190,7 +190,9 @@ def test_a_target_with_fp8_on_an_older_gpu_is_refused(base: str, tmp_path: Path)
     data["device"]["versions"]["sm"] = "80"
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(data))
-    with pytest.raises(ConfigError, match=r"encodings\.fp8-static: qdq_fp8 needs a GPU from SM 89 on, .* is 80; leave") as raised:
+    with pytest.raises(
+        ConfigError, match=r"encodings\.fp8-static: qdq_fp8 needs a GPU from SM 89 on, .* is 80; leave"
+    ) as raised:
         load_target(str(path))
     assert "nvfp4" not in str(raised.value), "torch decodes it on any GPU from SM 80 on"
 

@@ -21,14 +21,28 @@ from defaker_opt.forgery import Split
 
 @dataclass(frozen=True)
 class Parts:
-    """Which paths of the joint model run. Without the verdict's, [SEG] is the bias its projection ends with."""
+    """Which paths of the joint model run. Without the verdict's, [SEG] is the bias its projection ends with.
 
-    verdict: bool
-    mask: bool
+    sight: the vision tower alone, judged by a head of its own. windows: the tower's heads look at the windows that
+    drawn ones begin with (`positions`), faster than attention; queries and keys learn nothing. rate: what
+    a plan's learning rate is multiplied by; a tower bears a higher one than decoders.
+    """
+
+    sight: bool = False
+    verdict: bool = False
+    mask: bool = False
+    windows: bool = False
+    rate: float = 1.0
 
 
 PHASES = MappingProxyType(
-    {"mask": Parts(verdict=False, mask=True), "verdict": Parts(verdict=True, mask=False), "joint": Parts(True, True)}
+    {
+        "mask": Parts(mask=True),
+        "sight": Parts(sight=True, windows=True, rate=4.0),
+        "answer": Parts(verdict=True, windows=True),
+        "verdict": Parts(verdict=True),
+        "joint": Parts(verdict=True, mask=True),
+    }
 )
 
 
@@ -60,15 +74,16 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 class Plan:
     """What is learnt, and how. Rates are those of AdamW (Loshchilov and Hutter 2019); intervals are in images.
 
-    learning_rate: reached after `warmup` of a phase's steps, then down a half cosine to a hundredth of it.
+    learning_rate: times the phase's own `rate`, reached after `warmup` of its steps, then down a half cosine to a
+    hundredth.
     clip: largest norm of all gradients. average: share that the averaged weights keep at each step.
     """
 
     phases: tuple[Phase, ...]
     source: PairSource = PairSource()
     pairs_per_batch: int = 8
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.05
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.02
     warmup: float = 0.05
     clip: float = 1.0
     average: float = 0.998

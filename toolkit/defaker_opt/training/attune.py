@@ -1,20 +1,21 @@
 """Drawn weights that begin with an eye for what forgeries disturb: how much fine detail there is, and where.
 
 Drawn patch embeddings see mostly light and colour, which the norms after them scale to one; tens of thousands of
-pictures then teach nothing. Here most filters of a patch embedding become the finer waves of a cosine transform, and
-the first block's feed-forward net sums their strength by band into channels of its own: GELU(x) + GELU(-x) is nearly
-|x|.
+pictures then teach nothing. The vision tower's beginning is in `attune_vision`. Of SAM2's trunk most filters of the
+patch embedding become the finer waves of a cosine transform, and the first block's feed-forward net sums their strength
+by band into channels of its own: GELU(x) + GELU(-x) is nearly |x|.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from defaker_opt.training import waves
+from defaker_opt.training.attune_vision import attune_vision_
 from defaker_opt.training.model import JointModel
 
 # Fine detail of photographs is this much fainter than the photographs; coarse waves are damped instead.
@@ -28,13 +29,6 @@ _SLOPE, _CENTRE = 2.0, -1.0
 
 # Colour's waves begin here in the order of fineness: codecs that halve colour planes erase its finer ones.
 _COLOUR_FROM = 0.3
-
-# Orthonormal directions of colour: light, and two differences.
-_LIGHT = (1 / math.sqrt(3), 1 / math.sqrt(3), 1 / math.sqrt(3))
-_DIFFERENCES = (
-    (1 / math.sqrt(2), 0.0, -1 / math.sqrt(2)),
-    (1 / math.sqrt(6), -2 / math.sqrt(6), 1 / math.sqrt(6)),
-)
 
 
 @dataclass(frozen=True)
@@ -54,11 +48,10 @@ class _Channels:
 
 
 def attune_(model: JointModel) -> None:
-    """Give both encoders' patch embeddings and first feed-forward nets their beginning; the rest stays as drawn."""
-    tower, trunk = model.vision_encoder.tower, model.mask_encoder.trunk
-    mlp, feed_forward = tower.encoder.layer[0].mlp, trunk.blocks[0].mlp
-    _attune_(tower.embeddings.patch_embeddings.projection, mlp.fc1, mlp.fc2)
-    _attune_(trunk.patch_embed.projection, feed_forward.proj_in, feed_forward.proj_out)
+    """Give both encoders their beginning; the language model and the mask decoder stay as drawn."""
+    attune_vision_(model)
+    trunk = model.mask_encoder.trunk
+    _attune_(trunk.patch_embed.projection, trunk.blocks[0].mlp.proj_in, trunk.blocks[0].mlp.proj_out)
 
 
 @torch.no_grad()
@@ -72,15 +65,15 @@ def _attune_(patches: nn.Conv2d, expand: nn.Linear, contract: nn.Linear) -> None
     if patches.bias is not None:
         patches.bias.zero_()
         patches.bias[len(filters) : len(filters) + channels.constant] = _CONSTANT
-    waves, each = channels.waves, torch.arange(channels.waves)
-    expand.weight[: 2 * waves] = 0
-    expand.bias[: 2 * waves] = 0
+    count, each = channels.waves, torch.arange(channels.waves)
+    expand.weight[: 2 * count] = 0
+    expand.bias[: 2 * count] = 0
     expand.weight[each, each] = _SLOPE
-    expand.weight[waves + each, each] = -_SLOPE
+    expand.weight[count + each, each] = -_SLOPE
     sums = band_sums(channels.light, channels.colour, channels.strength).to(contract.weight)
-    contract.weight[:, : 2 * waves] = 0
+    contract.weight[:, : 2 * count] = 0
     contract.weight[-channels.strength :] = 0
-    contract.weight[-channels.strength :, : 2 * waves] = torch.cat((sums, sums), dim=1)
+    contract.weight[-channels.strength :, : 2 * count] = torch.cat((sums, sums), dim=1)
     contract.bias[-channels.strength :] = _CENTRE
 
 
@@ -94,29 +87,17 @@ def _shares(width: int, size: int) -> _Channels:
 
 
 def wave_filters(size: int, light: int, colour: int, coarse: int) -> torch.Tensor:
-    """Filters [light + colour + coarse, 3, size, size]: products of cosines (DCT-II; Ahmed et al. 1974), fine first.
+    """Filters [light + colour + coarse, 3, size, size], fine waves first.
 
     The finest `light` waves of light, finer waves of both colour differences in turn, and the coarsest of light.
     """
-    steps = torch.arange(size, dtype=torch.float64)
-    cosines = torch.cos(math.pi * (steps[None] + 0.5) * steps[:, None] / size) * math.sqrt(2 / size)
-    cosines[0] /= math.sqrt(2)
-    order = sorted(
-        ((u, v) for u in range(size) for v in range(size)), key=lambda wave: (sum(wave), abs(wave[0] - wave[1]), wave)
-    )
-    fine = [(wave, _LIGHT) for wave in order[len(order) - light :]]
+    order = waves.coarse_to_fine(size)
+    fine = [(wave, waves.LIGHT) for wave in order[len(order) - light :]]
     start = round(_COLOUR_FROM * len(order))
-    tinted = [(wave, direction) for wave in order[start:] for direction in _DIFFERENCES][:colour]
-    broad = [(wave, _LIGHT) for wave in order[:coarse]]
-
-    def filters(chosen: list[tuple[tuple[int, int], tuple[float, float, float]]]) -> torch.Tensor:
-        rows = [
-            torch.tensor(direction, dtype=torch.float64)[:, None, None] * torch.outer(cosines[u], cosines[v])
-            for (u, v), direction in chosen
-        ]
-        return torch.stack(rows).float() if rows else torch.zeros(0, 3, size, size)
-
-    return torch.cat((_GAIN * filters(fine), _GAIN * filters(tinted), _DAMPING * filters(broad)))
+    tinted = [(wave, direction) for wave in order[start:] for direction in waves.DIFFERENCES][:colour]
+    broad = [(wave, waves.LIGHT) for wave in order[:coarse]]
+    gains = torch.tensor([_GAIN] * (len(fine) + len(tinted)) + [_DAMPING] * len(broad))
+    return waves.filters(size, fine + tinted + broad) * gains[:, None, None, None]
 
 
 def band_sums(light: int, colour: int, strength: int) -> torch.Tensor:

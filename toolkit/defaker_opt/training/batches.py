@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional
 
 from defaker_opt.config import DetectorConfig
 from defaker_opt.forgery import Example
@@ -39,26 +40,29 @@ _AHEAD = 4
 class Prepared:
     """A pair as the model reads it, in bytes; the authentic twin first.
 
-    tiles [2, T, tile, tile, 3], image [2, s, s, 3]; masks [2, s/4, s/4] and token_shares [2, T, K]: 255 = all forged.
+    tiles [2, T, tile, tile, 3], image [2, s, s, 3]; masks [2, s/4, s/4] and shares of the tiles' patches
+    patch_shares [2, T, n, n]: 255 = all forged. shuffle: so many patches a side are joined to one vision token.
     """
 
     index: int
     tiles: Bytes
     image: Bytes
     masks: Bytes
-    token_shares: Bytes
+    patch_shares: Bytes
+    shuffle: int
 
 
 @dataclass(frozen=True)
 class Batch:
     """B pictures: tiles [B, T, 3, tile, tile], image [B, 3, s, s], both normalized; labels [B], 1 forged.
 
-    masks [B, s/4, s/4] and token_shares [B, T, K]: the forged share of a cell's area, 0…1.
+    masks [B, s/4, s/4], patch_shares [B, T, n²] and token_shares [B, T, K]: the forged share of a cell's area, 0…1.
     """
 
     tiles: torch.Tensor
     image: torch.Tensor
     masks: torch.Tensor
+    patch_shares: torch.Tensor
     token_shares: torch.Tensor
     labels: torch.Tensor
 
@@ -125,7 +129,8 @@ def prepare_pair(config: DetectorConfig, source: PairSource, index: int) -> Prep
         np.stack([_tiles(config, picture) for picture in pictures]),
         np.stack([np.asarray(picture.resize((size, size))) for picture in pictures]),
         np.stack([_shares(_mask(twin), size // 4) for twin in twins]),
-        np.stack([_token_shares(config, _mask(twin)) for twin in twins]),
+        np.stack([_patch_shares(config, _mask(twin)) for twin in twins]),
+        config.vision.shuffle,
     )
 
 
@@ -150,14 +155,13 @@ def _shares(mask: Image.Image, side: int) -> Bytes:
     return np.asarray(mask.resize((side, side), Image.Resampling.BOX))
 
 
-def _token_shares(config: DetectorConfig, mask: Image.Image) -> Bytes:
-    """Forged share of the area of each vision token [T, K], cut as the picture is cut."""
-    side = config.tiling.tile_size // config.vision.patch_size // config.vision.shuffle
+def _patch_shares(config: DetectorConfig, mask: Image.Image) -> Bytes:
+    """Forged share of the area of each patch [T, n, n], cut as the picture is cut."""
+    side = config.tiling.tile_size // config.vision.patch_size
     columns, rows = tile_grid(*mask.size, config.tiling.tile_size, config.tiling.min_tiles, config.tiling.max_tiles)
     cells = np.asarray(mask.resize((side * columns, side * rows), Image.Resampling.BOX))
-    tiles = cells.reshape(rows, side, columns, side).transpose(0, 2, 1, 3).reshape(rows * columns, side * side)
-    thumbnail = _shares(mask, side).reshape(1, -1)
-    return np.concatenate([tiles, thumbnail]) if len(tiles) > 1 else tiles
+    tiles = cells.reshape(rows, side, columns, side).transpose(0, 2, 1, 3).reshape(rows * columns, side, side)
+    return np.concatenate([tiles, _shares(mask, side)[None]]) if len(tiles) > 1 else tiles
 
 
 def stack_pairs(pairs: list[Prepared], device: torch.device) -> Batch:
@@ -167,11 +171,13 @@ def stack_pairs(pairs: list[Prepared], device: torch.device) -> Batch:
         return torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
 
     labels = torch.tensor([0, 1] * len(pairs), device=device)
+    patch_shares = joined([pair.patch_shares for pair in pairs]) / 255
     return Batch(
         _normalized(joined([pair.tiles for pair in pairs])),
         _normalized(joined([pair.image for pair in pairs])),
         joined([pair.masks for pair in pairs]) / 255,
-        joined([pair.token_shares for pair in pairs]) / 255,
+        patch_shares.flatten(2),
+        functional.avg_pool2d(patch_shares, pairs[0].shuffle).flatten(2),
         labels,
     )
 

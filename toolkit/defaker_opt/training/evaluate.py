@@ -21,16 +21,16 @@ from defaker_opt.training.model import JointModel, Outputs
 class Scores:
     """Results over some pictures; NaN where the part did not run.
 
-    auc, accuracy (threshold 0.5): of verdicts, 0…1. token_auc: of vision tokens, those forged for the most part against
-    those not at all, whatever picture they are of; the first of all figures to rise. iou: mean over forged pictures, of
-    the mask that the graph would choose, in cells of the mask logits. empty: share of authentic pictures whose chosen
-    mask is empty.
+    auc, accuracy (threshold 0.5): of verdicts, 0…1. patch_auc: of the vision tower's patches, those forged for the most
+    part against those not at all, whatever picture they are of; the first of all figures to rise. iou: mean over forged
+    pictures, of the mask that the graph would choose, in cells of the mask logits. empty: share of authentic pictures
+    whose chosen mask is empty.
     """
 
     pictures: int
     auc: float
     accuracy: float
-    token_auc: float
+    patch_auc: float
     iou: float
     empty: float
 
@@ -44,7 +44,7 @@ def evaluate(
 ) -> Scores:
     """Score the model with `weights` in place of its own. at_once: pairs in one batch."""
     device = next(iter(weights.values())).device
-    probabilities, labels, ious, tokens = [], [], [], [np.zeros((2, 0))]
+    probabilities, labels, ious, patches = [], [], [], [np.zeros((2, 0))]
     for batch_pairs in _by_tile_count(pairs, at_once):
         batch = stack_pairs(batch_pairs, device)
         with torch.no_grad():
@@ -52,16 +52,16 @@ def evaluate(
         labels.append(batch.labels.cpu().numpy())
         probabilities.append(fake_probabilities(outputs))
         ious.append(chosen_iou(outputs, batch.masks))
-        tokens.append(clear_tokens(outputs, batch.token_shares))
+        patches.append(clear_patches(outputs, batch.patch_shares))
     label, iou = np.concatenate(labels), np.concatenate(ious)
     probability = np.concatenate(probabilities)
-    token = np.concatenate(tokens, axis=1)
+    patch = np.concatenate(patches, axis=1)
     right = np.where(np.isnan(probability), np.nan, (probability > 0.5) == label)
     return Scores(
         len(label),
         area_under_curve(probability, label),
         float(right.mean()),
-        area_under_curve(token[0], token[1].astype(np.int64)),
+        area_under_curve(patch[0], patch[1].astype(np.int64)),
         float(iou[label == 1].mean()),
         float(iou[label == 0].mean()),
     )
@@ -76,19 +76,25 @@ def _by_tile_count(pairs: Sequence[Prepared], at_once: int) -> list[list[Prepare
 
 
 def fake_probabilities(outputs: Outputs) -> NDArray[np.float64]:
-    """Share of the four words that say fake among the eight [B], as `runtime.answers.fake_probability`."""
+    """Share of the four words that say fake among the eight [B], as `runtime.answers.fake_probability`.
+
+    Where the language model did not run, what the head on the vision tower says; NaN where neither did.
+    """
+    if outputs.verdict_logits is None and outputs.sight_logits is not None:
+        judged: NDArray[np.float64] = outputs.sight_logits.detach().double().sigmoid().cpu().numpy()
+        return judged
     if outputs.verdict_logits is None:
         return np.full(len(outputs.mask_logits if outputs.mask_logits is not None else ()), np.nan)
     share: NDArray[np.float64] = outputs.verdict_logits.detach().double().softmax(-1)[:, :4].sum(-1).cpu().numpy()
     return share
 
 
-def clear_tokens(outputs: Outputs, shares: torch.Tensor) -> NDArray[np.float64]:
-    """Logit and label of the tokens that are forged for the most part, or not at all [2, n]; shares [B, T, K]."""
-    if outputs.token_logits is None:
+def clear_patches(outputs: Outputs, shares: torch.Tensor) -> NDArray[np.float64]:
+    """Logit and label of the patches that are forged for the most part, or not at all [2, n]; shares [B, T, n²]."""
+    if outputs.patch_logits is None:
         return np.zeros((2, 0))
     clear = (shares > 0.5) | (shares == 0)
-    both = torch.stack([outputs.token_logits.double()[clear], (shares[clear] > 0.5).double()])
+    both = torch.stack([outputs.patch_logits.double()[clear], (shares[clear] > 0.5).double()])
     found: NDArray[np.float64] = both.cpu().numpy()
     return found
 

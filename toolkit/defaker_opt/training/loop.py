@@ -27,6 +27,7 @@ from defaker_opt.training.checkpoint import Progress, as_job, resume_, start, wr
 from defaker_opt.training.evaluate import Scores, area_under_curve, evaluate, fake_probabilities
 from defaker_opt.training.losses import joint_losses, total_loss
 from defaker_opt.training.model import JointModel, use_fused_attention_
+from defaker_opt.training.untouched import hold_untouched_
 from defaker_opt.weights import DrawnWeights
 
 Report = Callable[[str, float], None]
@@ -116,12 +117,13 @@ def _begin(detector: Detector, plan: Plan, machine: Machine) -> Progress:
         # What the mask path learnt alone, with the bias for [SEG], is not drowned in noise when it is joined.
         model.seg_end().weight.data.mul_(_QUIET)
         attune_(model)
+    hold_untouched_(model.vision_encoder.tower)
     taught = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in taught if p.ndim >= 2], "weight_decay": plan.weight_decay},
         {"params": [p for p in taught if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return start(model, torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98)))
+    return start(model, torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.999)))
 
 
 def held_out_pairs(config: DetectorConfig, plan: Plan, workers: int) -> list[Prepared]:
@@ -133,11 +135,12 @@ def held_out_pairs(config: DetectorConfig, plan: Plan, workers: int) -> list[Pre
 def learning_rate(plan: Plan, step: int) -> float:
     """In each phase a linear warm-up, then half a cosine to a hundredth (Loshchilov and Hutter 2017, section 3)."""
     start, steps = plan.span_of(step)
+    highest = plan.learning_rate * PHASES[plan.phase_of(step).name].rate
     warmup, step = plan.warmup * steps, step - start
     if step < warmup:
-        return plan.learning_rate * (step + 1) / (warmup + 1)
+        return highest * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(steps - warmup, 1)
-    return plan.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+    return highest * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _step_(progress: Progress, plan: Plan, batch: Batch, recent: Recent) -> None:
@@ -157,7 +160,7 @@ def _step_(progress: Progress, plan: Plan, batch: Batch, recent: Recent) -> None
     _average_(progress, plan)
     for name, loss in losses.items():
         recent.losses.setdefault(name, []).append(loss.item())
-    if outputs.verdict_logits is not None:
+    if outputs.sight_logits is not None:
         recent.probabilities.extend(fake_probabilities(outputs).tolist())
         recent.labels.extend(batch.labels.tolist())
     recent.images += len(batch.labels)

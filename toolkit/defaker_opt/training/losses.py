@@ -11,15 +11,21 @@ from defaker_opt.training.batches import Batch
 from defaker_opt.training.model import Outputs
 
 # The three candidates' losses are of the size of 1; the verdict's is 0.69 before anything is learnt.
-WEIGHTS = {"verdict": 1.0, "token": 1.0, "mask": 1.0, "iou": 0.5, "map": 1.0}
+WEIGHTS = {"verdict": 1.0, "sight": 1.0, "patch": 1.0, "token": 1.0, "mask": 1.0, "iou": 0.5, "map": 1.0}
 
 
 def joint_losses(outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
     """Every loss of the parts that ran, by the names of WEIGHTS, not yet weighted."""
     losses: dict[str, torch.Tensor] = {}
-    if outputs.verdict_logits is not None and outputs.token_logits is not None:
+    if outputs.verdict_logits is not None:
         losses["verdict"] = verdict_loss(outputs.verdict_logits.float(), batch.labels)
-        losses["token"] = token_loss(outputs.token_logits.float(), batch.token_shares)
+    if outputs.sight_logits is not None and outputs.patch_logits is not None:
+        losses["sight"] = functional.binary_cross_entropy_with_logits(
+            outputs.sight_logits.float(), batch.labels.float()
+        )
+        losses["patch"] = share_loss(outputs.patch_logits.float(), batch.patch_shares)
+    if outputs.token_logits is not None:
+        losses["token"] = share_loss(outputs.token_logits.float(), batch.token_shares)
     if outputs.mask_logits is not None and outputs.iou is not None:
         losses["mask"], losses["iou"] = candidate_losses(outputs.mask_logits.float(), outputs.iou.float(), batch.masks)
         losses["map"] = map_loss([logits.float() for logits in outputs.map_logits], batch.masks)
@@ -40,10 +46,10 @@ def verdict_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(sides, 1 - labels)
 
 
-def token_loss(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the forged share of the area that each vision token stands for; both [B, T, K].
+def share_loss(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with the forged share of the area that each patch or vision token stands for; both [B, T, cells].
 
-    Only training has the head behind it: one label a picture teaches the vision encoder too slowly.
+    Only training has the heads behind them: one label a picture teaches the vision encoder too slowly.
     """
     return functional.binary_cross_entropy_with_logits(logits, shares)
 

@@ -17,11 +17,16 @@ from defaker_opt.stages.mask_encoder import MaskEncoder
 from defaker_opt.stages.vision_encoder import VisionEncoder
 from defaker_opt.training import Parts
 from defaker_opt.training.batches import Batch
+from defaker_opt.training.positions import BY_POSITION
+from defaker_opt.training.sight import SightHead
 
 Stage = TypeVar("Stage", VisionEncoder, Language, MaskEncoder, MaskDecoder)
 
-# Computed from tensors that are not taught: SAM's random Fourier features stay as they were drawn.
-_FIXED = ("mask_decoder.image_position",)
+# SAM's random Fourier features stay as they were drawn, and so do InternViT's patches: taught ones gain nothing and
+# make training less stable (Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers",
+# section 4.3).
+_PATCHES = "tower.embeddings.patch_embeddings.projection"
+_FIXED = ("mask_decoder.image_position", f"vision_encoder.{_PATCHES}.weight")
 _TABLE = "language.embed_tokens.weight"
 _HEAD = "language.lm_head.weight"
 
@@ -30,11 +35,14 @@ _HEAD = "language.lm_head.weight"
 class Outputs:
     """What a batch gave; None for a part that did not run. m = s/4 of the mask image.
 
-    verdict_logits [B, 8], token_logits [B, T, K], mask_logits [B, 3, m, m], iou [B, 3], map_logits: of each of the mask
+    verdict_logits [B, 8]; of the vision tower's patches sight_logits [B] and patch_logits [B, T, n²], and token_logits
+    [B, T, K] of what they are joined to; mask_logits [B, 3, m, m], iou [B, 3], map_logits: of each of the mask
     encoder's maps, [B, n, n] with n = m/4, m and m/2; seg_embedding [B, C], what the mask decoder was given.
     """
 
     verdict_logits: torch.Tensor | None
+    sight_logits: torch.Tensor | None
+    patch_logits: torch.Tensor | None
     token_logits: torch.Tensor | None
     mask_logits: torch.Tensor | None
     iou: torch.Tensor | None
@@ -59,9 +67,14 @@ class JointModel(nn.Module):
         self.mask_decoder = _taught(detector, "mask_decoder", MaskDecoder)
         self.token_ids = tuple(sorted({*prompt.before, *prompt.verdict, *prompt.mask}))
         self.token_embeddings = nn.Parameter(detector.rows(_TABLE, self.token_ids))  # [distinct tokens, H]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.sight_head = SightHead(detector.config.vision.hidden_size)
         self.token_head = nn.Linear(detector.config.language.hidden_size, 1)
         nn.init.zeros_(self.token_head.weight)
         nn.init.zeros_(self.token_head.bias)
+        compute_in_float32_(self.vision_encoder.get_submodule(_PATCHES))
+        self.attention = "eager"
         channels = detector.config.segmenter.hidden_size
         self.map_heads = nn.ModuleList(_zero_head(count) for count in (channels, channels // 8, channels // 4))
         self.questions = {
@@ -74,16 +87,20 @@ class JointModel(nn.Module):
 
     def forward(self, batch: Batch, parts: Parts) -> Outputs:
         """Run the parts. Without the verdict's, [SEG] is the bias of its projection, the same for every picture."""
-        verdict = tokens = masks = iou = None
+        verdict = sight = patch = tokens = masks = iou = None
         maps: tuple[torch.Tensor, ...] = ()
         seg = self.seg_end().bias.expand(len(batch.labels), -1)
+        if parts.sight or parts.verdict:
+            patches = self._see(batch.tiles, BY_POSITION if parts.windows else self.attention)
+            sight, patch = self.sight_head(patches.flatten(1, 2))
+            patch = patch.reshape(patches.shape[:3])
         if parts.verdict:
-            verdict, seg, tokens = self._ask(batch.tiles)
+            verdict, seg, tokens = self._ask(patches)
         if parts.mask:
             embed, high_res_0, high_res_1 = self.mask_encoder(batch.image)
             masks, iou = self.mask_decoder.candidates(embed, high_res_0, high_res_1, seg)
             maps = tuple(head(each)[:, 0] for head, each in zip(self.map_heads, (embed, high_res_0, high_res_1)))
-        return Outputs(verdict, tokens, masks, iou, maps, seg)
+        return Outputs(verdict, sight, patch, tokens, masks, iou, maps, seg)
 
     def seg_end(self) -> nn.Linear:
         """The last layer of the projection to [SEG]."""
@@ -91,18 +108,25 @@ class JointModel(nn.Module):
         assert isinstance(end, nn.Linear), "the projection ends with a linear layer"
         return end
 
-    def _ask(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _see(self, tiles: torch.Tensor, attention: str) -> torch.Tensor:
+        """The vision tower's patches [B, T, n², D] of tiles [B, T, 3, tile, tile]."""
+        # Read by every layer of the tower at each call.
+        self.vision_encoder.tower.config._attn_implementation = attention
+        patches: torch.Tensor = self.vision_encoder.patches(tiles.flatten(0, 1))
+        return patches.reshape(*tiles.shape[:2], *patches.shape[1:])
+
+    def _ask(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Both questions after the prefix they share, as `runtime.Session` asks them.
 
-        tiles [B, T, 3, tile, tile] → verdict_logits [B, 8], seg_embedding [B, C], token_logits [B, T, K].
+        patches [B, T, n², D] → verdict_logits [B, 8], seg_embedding [B, C], token_logits [B, T, K].
         """
-        pictures, count = tiles.shape[:2]
-        vision = self.vision_encoder(tiles.flatten(0, 1))[0]  # [B * T, K, H]
+        pictures, count = patches.shape[:2]
+        vision = self.vision_encoder.tokens(patches.flatten(0, 1))  # [B * T, K, H]
         image = vision.reshape(pictures, -1, vision.shape[-1])
         rows = {name: self.token_embeddings[ids].expand(pictures, -1, -1) for name, ids in self.questions.items()}
         prefix = torch.cat((rows["before"], image, rows["verdict"][:, : self.shared]), dim=1)
         past = [prefix.new_zeros(pictures, *self.past_shape)] * (2 * len(self.language.layers))
-        after = torch.arange(prefix.shape[1] + max(map(len, self.questions.values())), device=tiles.device)[None]
+        after = torch.arange(prefix.shape[1] + max(map(len, self.questions.values())), device=patches.device)[None]
         _, present = self.language.hidden_states(prefix, after[:, : prefix.shape[1]], tuple(past))
         answers = []
         for name in ("verdict", "mask"):
@@ -128,8 +152,21 @@ def _taught(detector: Detector, stage: str, kind: type[Stage]) -> Stage:
     return module
 
 
-def use_fused_attention_(model: nn.Module) -> None:
+def compute_in_float32_(module: nn.Module) -> None:
+    """Keep a layer out of autocast: bfloat16 has no room for a single grey value beside a picture's light."""
+    inner = module.forward
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(pixels.device.type, enabled=False):
+            found: torch.Tensor = inner(pixels.float())
+            return found
+
+    module.forward = forward
+
+
+def use_fused_attention_(model: JointModel) -> None:
     """Let transformers' layers call torch's fused attention; they read this from their configuration at each call."""
+    model.attention = "sdpa"
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "_attn_implementation", None) == "eager":
@@ -142,9 +179,10 @@ def stored_tensors(
     """Every tensor of the detector folder as float32 on the CPU; `taught` has the model's parameters by name."""
     prompt = detector.config.prompt
     assert prompt is not None, "the model has prompts"
+    known = {**dict(model.named_parameters()), **taught}  # what is not taught may have been attuned
     stored = {}
     for name in detector.weights.shapes():
-        stored[name] = (taught[name] if name in taught else detector.read(name)).detach().float().cpu().clone()
+        stored[name] = (known[name] if name in known else detector.read(name)).detach().float().cpu().clone()
     stored[_TABLE][list(model.token_ids)] = taught["token_embeddings"].detach().float().cpu()
     stored[_HEAD][list(prompt.answers)] = taught["language.verdict_head.weight"].detach().float().cpu()
     return stored
