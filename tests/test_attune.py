@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from defaker_opt.detector import load_detector
 from defaker_opt.training import Phase, Plan, loop
@@ -42,34 +41,22 @@ def test_bands_are_means_and_cover_every_wave(light: int, colour: int, strength:
     assert len({tuple(row.tolist()) for row in sums}) == strength
 
 
-@torch.no_grad()
-def _strengths(patches: nn.Conv2d, norm: nn.LayerNorm, mlp: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
-    """What the first feed-forward net writes for each patch, without the attention before it: [pictures, n, D]."""
-    written: torch.Tensor = mlp(norm(patches(pictures).flatten(2).transpose(1, 2)))
-    return written
-
-
 def test_strength_grows_with_grain_and_says_nothing_of_light() -> None:
     torch.manual_seed(0)
     model = JointModel(load_detector("reference:random"))
     attune_(model)
-    tower, trunk = model.vision_encoder.tower, model.mask_encoder.trunk
-    layer, block = tower.encoder.layer[0], trunk.blocks[0]
-    size = 224
+    trunk, size, strengths = model.mask_encoder.trunk, 224, 13
+    block = trunk.blocks[0]
     grain = torch.randn(1, 3, size, size)
     gradient = torch.linspace(-2, 2, size).expand(1, 3, size, size)
     pictures = torch.cat([gradient + sigma * grain for sigma in (0.01, 0.03, 0.06, 0.12, 0.24)])
-    for patches, norm, mlp, count in (
-        (tower.embeddings.patch_embeddings.projection, layer.layernorm_after, layer.mlp, 20),
-        (trunk.patch_embed.projection, block.layer_norm2, block.mlp, 13),
-    ):
-        assert isinstance(patches, nn.Conv2d)
-        assert isinstance(norm, nn.LayerNorm)
-        found = _strengths(patches, norm, mlp, pictures)[..., -count:]
-        means = found.mean((1, 2))
-        assert (means.diff() > 0.05).all(), means
-        # Grain twice as strong is told apart patch by patch, whatever light the patch has.
-        assert (found[1].mean(-1) < found[3].mean(-1)).float().mean() > 0.99
+    with torch.no_grad():
+        seen = trunk.patch_embed.projection(pictures).flatten(2).transpose(1, 2)
+        found = block.mlp(block.layer_norm2(seen))[..., -strengths:]  # without the attention before it
+    means = found.mean((1, 2))
+    assert (means.diff() > 0.05).all(), means
+    # Grain twice as strong is told apart patch by patch, whatever light the patch has.
+    assert (found[1].mean(-1) < found[3].mean(-1)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize(("source", "kept"), [("reference", True), ("reference:random", False)])

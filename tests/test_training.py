@@ -27,11 +27,12 @@ from defaker_opt.training.batches import Batch, Position, Prepared, draw_batches
 from defaker_opt.training.checkpoint import Progress
 from defaker_opt.training.evaluate import area_under_curve, evaluate
 from defaker_opt.training.loop import Machine, find_device, learning_rate, train
-from defaker_opt.training.losses import candidate_losses, map_loss, token_loss, true_iou, verdict_loss
+from defaker_opt.training.losses import candidate_losses, map_loss, share_loss, true_iou, verdict_loss
 from defaker_opt.training.model import JointModel
 from defaker_opt.training.write import write_detector
 from defaker_opt.weights import DrawnWeights
 from tests.conftest import defaker_opt
+from tests.test_sight import sighted
 
 CPU = Machine(torch.device("cpu"), 0)
 FEW = PairSource(size=192, distinct=4)
@@ -127,9 +128,9 @@ def test_candidate_losses_are_those_of_the_plain_twin() -> None:
     assert true_iou(torch.from_numpy(logits), torch.from_numpy(masks))[0, 1] == 1
 
 
-def test_token_loss_is_cross_entropy() -> None:
+def test_share_loss_is_cross_entropy() -> None:
     logits, shares = torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[0.5, 1.0]]])
-    assert token_loss(logits, shares).item() == pytest.approx((np.log(2) + np.log1p(np.exp(-2.0))) / 2, rel=1e-5)
+    assert share_loss(logits, shares).item() == pytest.approx((np.log(2) + np.log1p(np.exp(-2.0))) / 2, rel=1e-5)
 
 
 def test_map_loss_compares_every_map_with_the_share_of_its_cells() -> None:
@@ -169,20 +170,27 @@ def test_prepared_pictures_are_what_the_runtime_reads() -> None:
         assert batch.masks[row].mean() == pytest.approx(twin.mask.mean(), abs=0.01)
         assert batch.token_shares[row, -1].mean() == pytest.approx(twin.mask.mean(), abs=0.01)
     assert batch.token_shares.shape == (2, tiles.shape[0], config.tokens_per_tile)
+    assert batch.patch_shares.shape == (2, tiles.shape[0], (config.tiling.tile_size // config.vision.patch_size) ** 2)
     assert batch.labels.tolist() == [0, 1]
 
 
-def test_tokens_shares_lie_where_the_tiles_are() -> None:
+def test_shares_lie_where_the_tiles_are() -> None:
     """Shares from the mask cut as the picture is cut, tile by tile."""
     config = load_detector("reference").config
     prepared = prepare_pair(config, PairSource(size=448), 0)
     mask = make_pair(0, 0, "train", load_library(), 448).forged.mask
-    tiling = config.tiling
+    tiling, batch = config.tiling, stack_pairs([prepared], torch.device("cpu"))
     cut = image_tiles(
         Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"), tiling.tile_size, 1, tiling.max_tiles
     )
-    cells = cut[:, 0].reshape(len(cut), 8, 28, 8, 28).mean((2, 4)).reshape(len(cut), -1)
-    assert np.corrcoef(cells.ravel(), prepared.token_shares[1].ravel())[0, 1] > 0.98
+    assert len(cut) > 1
+    for px, shares in (
+        (config.vision.patch_size, batch.patch_shares[1]),
+        (config.vision.patch_size * config.vision.shuffle, batch.token_shares[1]),
+    ):
+        side = tiling.tile_size // px
+        cells = cut[:, 0].reshape(len(cut), side, px, side, px).mean((2, 4)).reshape(len(cut), -1)
+        assert np.corrcoef(cells.ravel(), shares.ravel())[0, 1] > 0.98
 
 
 def test_batches_do_not_depend_on_workers_or_interruptions() -> None:
@@ -245,10 +253,13 @@ def test_each_phase_teaches_its_own_path() -> None:
     for name, taught, left in (
         ("mask", "mask_encoder.trunk.pos_embed", "token_embeddings"),
         ("verdict", "token_embeddings", "mask_encoder.trunk.pos_embed"),
+        ("answer", "token_embeddings", "vision_encoder.tower.encoder.layer.1.attention.q_proj.weight"),
+        ("sight", "vision_encoder.tower.encoder.layer.1.mlp.fc1.weight", "token_embeddings"),
     ):
         model = JointModel(tiny_detector())
         outputs = model(batch, PHASES[name])
-        one = (outputs.verdict_logits, outputs.token_logits, outputs.mask_logits, outputs.iou, *outputs.map_logits)
+        judged = (outputs.verdict_logits, outputs.sight_logits, outputs.patch_logits, outputs.token_logits)
+        one = (*judged, outputs.mask_logits, outputs.iou, *outputs.map_logits)
         sum(value.sum() for value in one if value is not None).backward()
         gradients = {key: value.grad for key, value in model.named_parameters()}
         assert gradients[taught] is not None
@@ -323,14 +334,23 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_a_short_training_finds_forgeries_of_photographs_it_has_not_seen(tmp_path: Path) -> None:
-    """The embedded architecture, as its weights were taught, but for about a minute only."""
-    plan = Plan((Phase("verdict", 1600),), PairSource(size=256), evaluate_every=10**6, evaluation_pairs=64)
-    _, scores = train(load_detector("reference:random"), plan, Machine(torch.device("cpu"), 1), tmp_path, silent)
+    """A tower with fine patches for about two minutes, without the language model."""
+    plan = Plan(
+        (Phase("sight", 800),),
+        PairSource(size=256),
+        evaluate_every=10**6,
+        evaluation_pairs=64,
+        log_every=80,
+        precision="bfloat16",
+    )
+    config = sighted()
+    detector = Detector(config, DrawnWeights(stored_shapes(config), 0))
+    _, scores = train(detector, plan, Machine(torch.device("cpu"), 1), tmp_path, silent)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    losses = [line["losses"]["token"] for line in lines if "losses" in line]
-    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
-    assert scores.token_auc > 0.7
-    assert scores.auc > 0.55
+    losses = [line["losses"]["patch"] for line in lines if "losses" in line]
+    assert np.mean(losses[-4:]) < 0.85 * np.mean(losses[:4])
+    assert scores.patch_auc > 0.75
+    assert scores.auc > 0.58
 
 
 def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
@@ -362,6 +382,11 @@ def test_each_phase_warms_up_and_falls() -> None:
     assert [learning_rate(plan, step) for step in range(plan.steps)] == expected
 
 
+def test_a_tower_alone_learns_at_four_times_the_rate() -> None:
+    rates = [[learning_rate(plan_of(Phase(name, 400)), step) for step in range(100)] for name in ("sight", "verdict")]
+    assert rates[0] == pytest.approx([4 * rate for rate in rates[1]])
+
+
 def test_phases_are_values() -> None:
     phases = parse_phases("mask:20, joint:81")
     assert phases == (Phase("mask", 20), Phase("joint", 81))
@@ -376,7 +401,7 @@ def test_phases_are_values() -> None:
         ("jiont:5", "did you mean 'joint'"),
         ("joint", "needs a number of images above 0, got ''"),
         ("joint:0", "above 0, got '0'"),
-        ("mask:5,", "'' is not one of joint, mask, verdict"),
+        ("mask:5,", "'' is not one of answer, joint, mask, sight, verdict"),
         ("mask:-3", "got '-3'"),
     ],
 )

@@ -21,11 +21,14 @@ def train(
         ),
     ] = "reference:random",
     stages: Annotated[
-        str, typer.Option(help="What learns, and from how many images: mask, verdict or joint, one after the other.")
+        str,
+        typer.Option(
+            help="What learns, and from how many images: mask, sight, answer, verdict or joint, in this order."
+        ),
     ] = "joint:100000",
     photos: Annotated[list[Path] | None, typer.Option(help="More photographs to forge; may be repeated.")] = None,
     batch: Annotated[int, typer.Option(help="Images a step; each pair is two.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Highest rate of AdamW, in each phase.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(help="Highest rate of AdamW; sight takes four times that.")] = 5e-4,
     size: Annotated[int, typer.Option(help="Longest side of a forged picture, px.")] = 512,
     seed: Annotated[int, typer.Option(help="Decides which pairs are drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

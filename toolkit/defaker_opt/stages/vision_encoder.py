@@ -35,6 +35,12 @@ class VisionEncoder(nn.Module):
 
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From tiles [T, 3, tile, tile] to vision_tokens [T, K, H], kept_positions [T, K] int64 within each tile."""
+        tokens = self.tokens(self.patches(tiles))
+        kept = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+        return tokens, kept.clone()
+
+    def patches(self, tiles: torch.Tensor) -> torch.Tensor:
+        """What the last block says of every patch, the class token dropped [T, side * side, D]."""
         embeddings = self.tower.embeddings
         patches = embeddings.patch_embeddings(tiles)  # [T, side * side, D]
         class_token = embeddings.cls_token.expand(tiles.shape[0], -1, -1)
@@ -42,9 +48,12 @@ class VisionEncoder(nn.Module):
         hidden = torch.cat((class_token, patches), dim=1) + embeddings.position_embeddings
         for layer in self.tower.encoder.layer:
             hidden = layer(hidden)
-        tokens = self.projector(self._pixel_shuffle(hidden[:, 1:]))
-        kept = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-        return tokens, kept.clone()
+        return hidden[:, 1:]
+
+    def tokens(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches [T, side * side, D] joined to vision tokens [T, K, H]."""
+        projected: torch.Tensor = self.projector(self._pixel_shuffle(patches))
+        return projected
 
     def _pixel_shuffle(self, patches: torch.Tensor) -> torch.Tensor:
         """[T, side * side, D] → [T, (side / s)², D * s²]; InternVL's order: channels of a row, then of the block."""
