@@ -173,7 +173,12 @@ def _as_batch(image: Image.Image, config: DetectorConfig) -> Batch:
     whole = torch.from_numpy(mask_image(image, config.segmenter.image_size))
     nothing = torch.zeros(1)
     return Batch(
-        tiles.requires_grad_(True), whole.requires_grad_(True), nothing, nothing, torch.zeros(1, dtype=torch.long)
+        tiles.requires_grad_(True),
+        whole.requires_grad_(True),
+        nothing,
+        nothing,
+        nothing,
+        torch.zeros(1, dtype=torch.long),
     )
 
 

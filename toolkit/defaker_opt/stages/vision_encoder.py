@@ -45,7 +45,7 @@ class VisionEncoder(nn.Module):
         patches = embeddings.patch_embeddings(tiles)  # [T, side * side, D]
         class_token = embeddings.cls_token.expand(tiles.shape[0], -1, -1)
         # Not the module's own forward: it resizes the position table with bicubic whenever it is traced.
-        hidden = torch.cat((class_token, patches), dim=1) + embeddings.position_embeddings
+        hidden: torch.Tensor = torch.cat((class_token, patches), dim=1) + embeddings.position_embeddings
         for layer in self.tower.encoder.layer:
             hidden = layer(hidden)
         return hidden[:, 1:]

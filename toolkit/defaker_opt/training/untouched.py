@@ -33,4 +33,4 @@ def hold_untouched_(tower: InternVLVisionModel) -> None:
 def _scale_gradient_(parameter: torch.Tensor | nn.Parameter | None, share: torch.Tensor) -> None:
     """share: of each gradient's entries that is learnt by, broadcast to the parameter's shape."""
     if parameter is not None:
-        parameter.register_hook(lambda gradient: gradient * share.to(gradient))
+        parameter.register_hook(lambda gradient: gradient * share.to(gradient))  # type: ignore[no-untyped-call]
