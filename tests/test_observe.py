@@ -27,7 +27,7 @@ from defaker_opt.samples import Samples, load_samples
 
 LAYERS = [
     "vision_encoder.tower.encoder.layer.0.mlp.fc1.weight",
-    "vision_encoder.tower.encoder.layer.3.attention.projection_layer.weight",
+    "vision_encoder.tower.encoder.layer.2.attention.projection_layer.weight",
     "vision_encoder.projector.3.weight",
     "language.layers.0.self_attn.q_proj.weight",
     "language.layers.2.mlp.down_proj.weight",

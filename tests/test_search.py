@@ -45,7 +45,7 @@ SHAPES = layer_shapes(DETECTOR)
 # One layer of each kind, of every stage, near the beginning and near the end.
 WATCHED = (
     "vision_encoder.tower.encoder.layer.1.attention.q_proj.weight",
-    "vision_encoder.tower.encoder.layer.3.mlp.fc2.weight",
+    "vision_encoder.tower.encoder.layer.2.mlp.fc2.weight",
     "language.layers.0.mlp.up_proj.weight",
     "language.layers.2.self_attn.o_proj.weight",
     "language.verdict_head.weight",
@@ -120,7 +120,8 @@ def test_coarser_formats_harm_more() -> None:
     }
     assert (harm["int8-token"][:2] < harm["int4-g32"][:2]).all(), harm
     assert (harm["int4-g32"][:2] < harm["int4-g128"][:2]).all(), harm
-    assert seen.rows[WATCHED[0]] == (257,)
+    side = DETECTOR.config.tiling.tile_size // DETECTOR.config.vision.patch_size
+    assert seen.rows[WATCHED[0]] == (1 + side * side,)
 
 
 def test_the_projections_squares_are_the_losses() -> None:

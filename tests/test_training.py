@@ -27,7 +27,7 @@ from defaker_opt.training.batches import Batch, Position, Prepared, draw_batches
 from defaker_opt.training.checkpoint import Progress
 from defaker_opt.training.evaluate import area_under_curve, evaluate
 from defaker_opt.training.loop import Machine, find_device, learning_rate, train
-from defaker_opt.training.losses import candidate_losses, map_loss, share_loss, true_iou, verdict_loss
+from defaker_opt.training.losses import agreement_loss, candidate_losses, map_loss, share_loss, true_iou, verdict_loss
 from defaker_opt.training.model import JointModel
 from defaker_opt.training.write import write_detector
 from defaker_opt.weights import DrawnWeights
@@ -52,7 +52,7 @@ def tiny_config() -> DetectorConfig:
     return dataclasses.replace(
         whole,
         name="tiny",
-        tiling=dataclasses.replace(whole.tiling, tile_size=56, max_tiles=2),
+        tiling=dataclasses.replace(whole.tiling, tile_size=64, max_tiles=2),
         vision=dataclasses.replace(whole.vision, hidden_size=32, intermediate_size=64, layers=2, heads=2),
         language=dataclasses.replace(
             whole.language, hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1, head_dim=16
@@ -95,6 +95,21 @@ def test_verdict_loss_is_the_log_of_the_right_words_share() -> None:
         odds = np.exp(row)
         plain.append(-np.log(odds[:4].sum() / odds.sum() if label else odds[4:].sum() / odds.sum()))
     assert verdict_loss(logits, labels).item() == pytest.approx(np.mean(plain), rel=1e-5)
+
+
+def test_the_verdict_follows_the_towers_head_and_does_not_teach_it() -> None:
+    logits = (torch.randn(5, 8, generator=torch.manual_seed(0)) * 3).requires_grad_()
+    sight = (torch.randn(5, generator=torch.manual_seed(1)) * 3).requires_grad_()
+    plain = []
+    for row, believed in zip(logits.tolist(), sight.tolist()):
+        odds, share = np.exp(row), 1 / (1 + np.exp(-believed))
+        said = odds[:4].sum() / odds.sum()
+        plain.append(-share * np.log(said) - (1 - share) * np.log(1 - said))
+    loss = agreement_loss(logits, sight)
+    assert loss.item() == pytest.approx(np.mean(plain), rel=1e-5)
+    loss.backward()
+    assert logits.grad is not None and logits.grad.abs().sum() > 0
+    assert sight.grad is None
 
 
 def plain_candidate(logits: np.ndarray, mask: np.ndarray) -> tuple[float, float]:

@@ -11,7 +11,16 @@ from defaker_opt.training.batches import Batch
 from defaker_opt.training.model import Outputs
 
 # The three candidates' losses are of the size of 1; the verdict's is 0.69 before anything is learnt.
-WEIGHTS = {"verdict": 1.0, "sight": 1.0, "patch": 1.0, "token": 1.0, "mask": 1.0, "iou": 0.5, "map": 1.0}
+WEIGHTS = {
+    "verdict": 1.0,
+    "sight": 1.0,
+    "agreement": 1.0,
+    "patch": 1.0,
+    "token": 1.0,
+    "mask": 1.0,
+    "iou": 0.5,
+    "map": 1.0,
+}
 
 
 def joint_losses(outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
@@ -24,6 +33,8 @@ def joint_losses(outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
             outputs.sight_logits.float(), batch.labels.float()
         )
         losses["patch"] = share_loss(outputs.patch_logits.float(), batch.patch_shares)
+    if outputs.verdict_logits is not None and outputs.sight_logits is not None:
+        losses["agreement"] = agreement_loss(outputs.verdict_logits.float(), outputs.sight_logits.float())
     if outputs.token_logits is not None:
         losses["token"] = share_loss(outputs.token_logits.float(), batch.token_shares)
     if outputs.mask_logits is not None and outputs.iou is not None:
@@ -44,6 +55,16 @@ def verdict_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     sides = logits.reshape(-1, 2, 4).logsumexp(-1)  # [B, 2]: fake, real
     return functional.cross_entropy(sides, 1 - labels)
+
+
+def agreement_loss(logits: torch.Tensor, sight: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the verdict with what the tower's own head believes (Hinton et al. 2015, section 2, at T = 1).
+
+    logits [B, 8] as `verdict_loss` takes them; sight [B], log odds of forged, which learn nothing by it. The head, nearer
+    to the tower, learns faster than the language model, and says how sure a picture lets one be.
+    """
+    sides = logits.reshape(-1, 2, 4).logsumexp(-1)  # [B, 2]: fake, real
+    return functional.binary_cross_entropy_with_logits(sides[:, 0] - sides[:, 1], sight.detach().sigmoid())
 
 
 def share_loss(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
