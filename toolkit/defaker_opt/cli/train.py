@@ -21,10 +21,7 @@ def train(
         ),
     ] = "reference:random",
     stages: Annotated[
-        str,
-        typer.Option(
-            help="What learns, and from how many images: mask, sight, answer, verdict or joint, in this order."
-        ),
+        str, typer.Option(help="What learns, in this order: mask, sight, answer, verdict or joint, and its images.")
     ] = "joint:100000",
     photos: Annotated[list[Path] | None, typer.Option(help="More photographs to forge; may be repeated.")] = None,
     batch: Annotated[int, typer.Option(help="Images a step; each pair is two.")] = 16,
