@@ -52,7 +52,7 @@ def tiny_config() -> DetectorConfig:
     return dataclasses.replace(
         whole,
         name="tiny",
-        tiling=dataclasses.replace(whole.tiling, tile_size=64, max_tiles=2),
+        tiling=dataclasses.replace(whole.tiling, tile_size=56, max_tiles=2),
         vision=dataclasses.replace(whole.vision, hidden_size=32, intermediate_size=64, layers=2, heads=2),
         language=dataclasses.replace(
             whole.language, hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1, head_dim=16
@@ -280,6 +280,22 @@ def test_each_phase_teaches_its_own_path() -> None:
         assert gradients[taught] is not None
         assert gradients[left] is None
         assert (gradients["language.seg_projection.2.bias"] is not None) == (name == "mask")
+
+
+def test_the_towers_head_judges_the_whole_picture_alone() -> None:
+    """The last tile; `sight` does not even compute the others."""
+    tiled = next(pair for pair in map(few, range(40)) if pair.tiles.shape[1] > 1)
+    batch, model = stack_pairs([tiled], torch.device("cpu")), JointModel(tiny_detector())
+    changed = dataclasses.replace(batch, tiles=torch.cat((batch.tiles[:, :-1].neg(), batch.tiles[:, -1:]), dim=1))
+    alone = model(batch, PHASES["sight"])
+    assert alone.patch_logits.shape[1] == 1
+    torch.testing.assert_close(batch.shares_of(alone.patch_logits), batch.patch_shares[:, -1:])
+    for each in (model(batch, PHASES["answer"]), model(changed, PHASES["answer"])):
+        torch.testing.assert_close(each.sight_logits, alone.sight_logits)
+        torch.testing.assert_close(each.patch_logits[:, -1:], alone.patch_logits)
+        assert each.patch_logits.shape[:2] == batch.tiles.shape[:2]
+        torch.testing.assert_close(batch.shares_of(each.patch_logits), batch.patch_shares)
+    assert not torch.equal(each.verdict_logits, model(batch, PHASES["answer"]).verdict_logits)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,10 @@ class Batch:
     token_shares: torch.Tensor
     labels: torch.Tensor
 
+    def shares_of(self, patch_logits: torch.Tensor) -> torch.Tensor:
+        """The patch_shares of the tiles that were seen, which are all or the last; patch_logits [B, seen, n²]."""
+        return self.patch_shares[:, -patch_logits.shape[1] :]
+
 
 @dataclass(frozen=True)
 class Position:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.func import functional_call
 
 from defaker_opt.training import Parts
-from defaker_opt.training.batches import Prepared, stack_pairs
+from defaker_opt.training.batches import Batch, Prepared, stack_pairs
 from defaker_opt.training.losses import true_iou
 from defaker_opt.training.model import JointModel, Outputs
 
@@ -52,7 +52,7 @@ def evaluate(
         labels.append(batch.labels.cpu().numpy())
         probabilities.append(fake_probabilities(outputs))
         ious.append(chosen_iou(outputs, batch.masks))
-        patches.append(clear_patches(outputs, batch.patch_shares))
+        patches.append(clear_patches(outputs, batch))
     label, iou = np.concatenate(labels), np.concatenate(ious)
     probability = np.concatenate(probabilities)
     patch = np.concatenate(patches, axis=1)
@@ -89,10 +89,11 @@ def fake_probabilities(outputs: Outputs) -> NDArray[np.float64]:
     return share
 
 
-def clear_patches(outputs: Outputs, shares: torch.Tensor) -> NDArray[np.float64]:
-    """Logit and label of the patches that are forged for the most part, or not at all [2, n]; shares [B, T, n²]."""
+def clear_patches(outputs: Outputs, batch: Batch) -> NDArray[np.float64]:
+    """Logit and label of the patches that are forged for the most part, or not at all [2, n]."""
     if outputs.patch_logits is None:
         return np.zeros((2, 0))
+    shares = batch.shares_of(outputs.patch_logits)
     clear = (shares > 0.5) | (shares == 0)
     both = torch.stack([outputs.patch_logits.double()[clear], (shares[clear] > 0.5).double()])
     found: NDArray[np.float64] = both.cpu().numpy()

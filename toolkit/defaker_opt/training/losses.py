@@ -32,7 +32,7 @@ def joint_losses(outputs: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
         losses["sight"] = functional.binary_cross_entropy_with_logits(
             outputs.sight_logits.float(), batch.labels.float()
         )
-        losses["patch"] = share_loss(outputs.patch_logits.float(), batch.patch_shares)
+        losses["patch"] = share_loss(outputs.patch_logits.float(), batch.shares_of(outputs.patch_logits))
     if outputs.verdict_logits is not None and outputs.sight_logits is not None:
         losses["agreement"] = agreement_loss(outputs.verdict_logits.float(), outputs.sight_logits.float())
     if outputs.token_logits is not None:
@@ -60,8 +60,8 @@ def verdict_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def agreement_loss(logits: torch.Tensor, sight: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the verdict with what the tower's own head believes (Hinton et al. 2015, section 2, at T = 1).
 
-    logits [B, 8] as `verdict_loss` takes them; sight [B], log odds of forged, which learn nothing by it. The head, nearer
-    to the tower, learns faster than the language model, and says how sure a picture lets one be.
+    logits [B, 8] as `verdict_loss` takes them; sight [B], log odds of forged, which learn nothing by it. The head,
+    nearer to the tower, learns faster than the language model, and says how sure a picture lets one be.
     """
     sides = logits.reshape(-1, 2, 4).logsumexp(-1)  # [B, 2]: fake, real
     return functional.binary_cross_entropy_with_logits(sides[:, 0] - sides[:, 1], sight.detach().sigmoid())

@@ -35,9 +35,10 @@ _HEAD = "language.lm_head.weight"
 class Outputs:
     """What a batch gave; None for a part that did not run. m = s/4 of the mask image.
 
-    verdict_logits [B, 8]; of the vision tower's patches sight_logits [B] and patch_logits [B, T, n²], and token_logits
-    [B, T, K] of what they are joined to; mask_logits [B, 3, m, m], iou [B, 3], map_logits: of each of the mask
-    encoder's maps, [B, n, n] with n = m/4, m and m/2; seg_embedding [B, C], what the mask decoder was given.
+    verdict_logits [B, 8]; of the vision tower's patches sight_logits [B] and patch_logits [B, T, n²], without the
+    verdict's part of the last tile alone, and token_logits [B, T, K] of what they are joined to; mask_logits
+    [B, 3, m, m], iou [B, 3], map_logits: of each of the mask encoder's maps, [B, n, n] with n = m/4, m and m/2;
+    seg_embedding [B, C], what the mask decoder was given.
     """
 
     verdict_logits: torch.Tensor | None
@@ -91,9 +92,9 @@ class JointModel(nn.Module):
         maps: tuple[torch.Tensor, ...] = ()
         seg = self.seg_end().bias.expand(len(batch.labels), -1)
         if parts.sight or parts.verdict:
-            patches = self._see(batch.tiles, BY_POSITION if parts.windows else self.attention)
-            sight, patch = self.sight_head(patches.flatten(1, 2))
-            patch = patch.reshape(patches.shape[:3])
+            tiles = batch.tiles if parts.verdict else batch.tiles[:, -1:]
+            patches = self._see(tiles, BY_POSITION if parts.windows else self.attention)
+            sight, patch = self.sight_head(patches)
         if parts.verdict:
             verdict, seg, tokens = self._ask(patches)
         if parts.mask:

@@ -14,7 +14,11 @@ _WIDTH = 96
 
 
 class SightHead(nn.Module):
-    """Patches are seen four times by learnt attention, and by their mean and their maximum."""
+    """Patches are seen four times by learnt attention, and by their mean and their maximum.
+
+    Of a picture of several tiles only the last is judged, which is the whole picture: the others are enlarged pieces of
+    it, among which an edit of one is lost.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -24,9 +28,10 @@ class SightHead(nn.Module):
         self.judge = nn.Sequential(nn.Linear((_ATTENDED + 2) * width, _WIDTH), nn.GELU(), nn.Linear(_WIDTH, 1))
 
     def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From all patches of B pictures [B, N, D] to log odds that they are forged: pictures' [B], patches' [B, N]."""
+        """From patches of B pictures [B, T, N, D] to log odds of forgery: pictures' [B], patches' [B, T, N]."""
         seen = self.norm(patches)
-        weights = self.attend(seen).float().softmax(dim=1)  # [B, N, 4]
-        attended = torch.einsum("bna,bnd->bad", weights, seen.float()).flatten(1)
-        pooled = torch.cat((attended, seen.float().mean(dim=1), seen.float().amax(dim=1)), dim=1)
+        whole = seen[:, -1]  # [B, N, D]
+        weights = self.attend(whole).float().softmax(dim=1)  # [B, N, 4]
+        attended = torch.einsum("bna,bnd->bad", weights, whole.float()).flatten(1)
+        pooled = torch.cat((attended, whole.float().mean(dim=1), whole.float().amax(dim=1)), dim=1)
         return self.judge(pooled)[:, 0], self.patch(seen)[..., 0]
